@@ -1,0 +1,78 @@
+"""A real, tiny policy behind the server: actions over the wire are those of the library, and bad input is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from serve_fakes import open_raw, wait_for
+
+from turbopi import Policy, load_policy
+from turbopi.checkpoint import init_checkpoint
+from turbopi.config import preset
+from turbopi.serve import ServedPolicy, ServerThread, encode
+
+# The published client opens its websocket in a way that newer `websockets` versions warn about.
+pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("served") / "tiny"
+    init_checkpoint(directory, preset("pi05-tiny"), robot="libero", weights="random")
+    return load_policy(directory, robot="libero", device="cpu")
+
+
+def observation(index: int, prompt: Any = "put the bowl on the plate") -> dict[str, Any]:
+    generator = np.random.default_rng(index)
+    return {
+        "observation/image": generator.integers(0, 256, (256, 256, 3), dtype=np.uint8),
+        "observation/wrist_image": generator.integers(0, 256, (256, 256, 3), dtype=np.uint8),
+        "observation/state": generator.standard_normal(8),
+        "prompt": prompt,
+    }
+
+
+def test_actions_over_the_wire_are_the_librarys(policy: Policy) -> None:
+    served: ServedPolicy = policy
+    local = policy.fork()
+    with ServerThread(served) as server:
+        clients = [WebsocketClientPolicy("127.0.0.1", server.port) for _ in range(2)]
+        for index in range(3):
+            expected = local.infer(observation(index))
+            for client in clients:
+                reply = client.infer(observation(index))
+                assert reply["actions"].tobytes() == expected["actions"].tobytes()
+                assert reply["actions"].dtype == expected["actions"].dtype
+                assert {"infer_ms", "encode_images_ms", "prefill_ms", "denoise_ms"} <= reply["policy_timing"].keys()
+        counted = 'turbopi_stage_seconds_count{stage="prefill"} 6.0'
+        wait_for(lambda: counted in server.server.metrics.text())
+        for client in clients:
+            client._ws.close()
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "missing image": ({"observation/image": None}, "observation/image"),
+    "wrong shape": ({"observation/image": np.zeros((3, 4), np.uint8)}, "observation/image"),
+    "NaN image": ({"observation/wrist_image": np.full((64, 64, 3), np.nan, np.float32)}, "observation/wrist_image"),
+    "short state": ({"observation/state": np.zeros(3)}, "state"),
+    "NaN state": ({"observation/state": np.full(8, np.nan)}, "state"),
+    "prompt is a number": ({"prompt": 5}, "prompt"),
+    "text as state": ({"observation/state": "left"}, "state"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_observation_is_a_bad_request_that_names_the_key(policy: Policy, name: str) -> None:
+    changes, key = BAD[name]
+    request = {k: v for k, v in (observation(0) | changes).items() if v is not None}
+    with ServerThread(policy) as server, open_raw(server.url) as client:
+        client.recv()
+        client.send(encode(request))
+        last = str(client.recv(timeout=30)).splitlines()[-1]
+        assert last.startswith("InputError: ")
+        assert key in last
