@@ -1,0 +1,1 @@
+"""The same inputs through two implementations, compared at every intermediate."""
