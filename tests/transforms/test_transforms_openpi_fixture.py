@@ -106,8 +106,10 @@ def test_bins_are_openpis(recorded):
 
 
 def test_aloha_space_is_openpis(recorded):
-    np.testing.assert_array_equal(state_to_model(recorded["aloha.state_in"]), recorded["aloha.state_out"])
-    np.testing.assert_array_equal(actions_to_robot(recorded["aloha.actions_in"]), recorded["aloha.actions_out"])
+    # Not bit for bit: numpy releases differ in the last digit of arcsin.
+    exact = {"rtol": 1e-14, "atol": 0}
+    np.testing.assert_allclose(state_to_model(recorded["aloha.state_in"]), recorded["aloha.state_out"], **exact)
+    np.testing.assert_allclose(actions_to_robot(recorded["aloha.actions_in"]), recorded["aloha.actions_out"], **exact)
 
 
 def test_every_recorded_array_is_used(recorded):

@@ -1,0 +1,64 @@
+"""`turbo-pi serve`: a policy behind openpi's websocket protocol."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from .options import PolicyOptions
+
+if TYPE_CHECKING:
+    from ..serve import PolicyServer
+
+API_KEY_VARIABLE = "TURBO_PI_API_KEY"
+
+
+def serve(
+    policy: Annotated[PolicyOptions, tyro.conf.arg(name="")],
+    host: str = "0.0.0.0",
+    port: int = 8000,
+    max_message_mib: int = 64,
+    max_connections: int = 64,
+    shutdown_grace_s: float = 30.0,
+    log_requests: bool = False,
+) -> int:
+    """Serve a policy to openpi clients until SIGTERM or Ctrl-C. Also answers /healthz and /metrics.
+
+    Clients must send a key if the environment variable TURBO_PI_API_KEY holds one.
+
+    Args:
+        policy: which policy, and how to run it.
+        host: address to listen on.
+        port: to listen on; 0 takes any free one.
+        max_message_mib: largest request, in MiB.
+        max_connections: most clients at a time.
+        shutdown_grace_s: seconds that requests in flight have to be answered when the server is told to stop.
+        log_requests: print one JSON line per request.
+    """
+    from ..serve import ServeConfig, serve_forever
+
+    console = Console(stderr=True, soft_wrap=True)
+    if log_requests:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = ServeConfig(
+        host=host,
+        port=port,
+        api_key=os.environ.get(API_KEY_VARIABLE),
+        max_message_bytes=max_message_mib * 1024 * 1024,
+        max_connections=max_connections,
+        shutdown_grace_s=shutdown_grace_s,
+        log_requests=log_requests,
+    )
+    loaded = policy.load()
+
+    def announce(server: PolicyServer) -> None:
+        console.print(
+            f"serving {policy.checkpoint} for {loaded.transforms.robot.name} on {server.url} "
+            f"({loaded.engine.name}, {loaded.engine.precision}, {loaded.engine.device})"
+        )
+
+    return serve_forever(loaded, config, on_ready=announce)
