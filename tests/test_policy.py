@@ -118,7 +118,7 @@ def test_other_robots(
 
 
 def test_a_lerobot_checkpoint_takes_its_own_features_or_a_robots(checkpoints: Path, frames: list[Observation]) -> None:
-    own = load_policy(checkpoints / "lerobot")
+    own = load_policy(checkpoints / "lerobot", robot="lerobot")
     assert own.transforms.robot.name == "lerobot"
     keys = [camera.key for camera in own.transforms.robot.cameras]
     observation = {
@@ -127,8 +127,18 @@ def test_a_lerobot_checkpoint_takes_its_own_features_or_a_robots(checkpoints: Pa
         "observation.state": frames[0]["observation/state"],
         "task": frames[0]["prompt"],
     }
-    named = load_policy(checkpoints / "lerobot", robot="libero")
+    named = load_policy(checkpoints / "lerobot")
+    assert named.transforms.robot.name == "libero"
     assert np.array_equal(own.infer(observation)["actions"], named.infer(frames[0])["actions"])
+
+
+def test_conversion_keeps_the_actions(checkpoints: Path, frames: list[Observation], tmp_path: Path) -> None:
+    """π0 on LIBERO adds the state to its actions: a fact of the robot that lerobot's own description cannot hold."""
+    convert(checkpoints / "pi0", tmp_path / "lerobot", "lerobot")
+    convert(tmp_path / "lerobot", tmp_path / "jax", "jax")
+    expected = load_policy(checkpoints / "pi0").infer(frames[0])["actions"]
+    for name in ("lerobot", "jax"):
+        assert np.array_equal(load_policy(tmp_path / name).infer(frames[0])["actions"], expected), name
 
 
 def test_precision_and_numerics_reach_the_engine(checkpoints: Path, frames: list[Observation]) -> None:

@@ -140,19 +140,19 @@ def choose_device(device: str) -> str:
 def _choose_robot(checkpoint: Checkpoint, robot: str | Robot | None) -> Robot:
     if isinstance(robot, Robot):
         return robot
-    if robot == "lerobot" or (robot is None and checkpoint.format == "lerobot"):
-        features = checkpoint.declared if checkpoint.format == "lerobot" else checkpoint.lerobot_config
-        if features is None:
-            raise ValueError(f"robot 'lerobot' describes lerobot checkpoints; {checkpoint.path} is {checkpoint.format}")
-        return robot_from_lerobot(features)
-    if robot is not None:
-        return get_robot(robot)
-    if checkpoint.robot is None:
+    if robot is None:
+        robot = checkpoint.robot or ("lerobot" if checkpoint.format == "lerobot" else None)
+    if robot is None:
         found = ", ".join(checkpoint.asset_ids) or "no norm stats"
         raise ValueError(
             f"{checkpoint.path} does not say which robot it is for ({found}); give robot=, such as 'libero'"
         )
-    return get_robot(checkpoint.robot)
+    if robot != "lerobot":
+        return get_robot(robot)
+    features = checkpoint.declared if checkpoint.format == "lerobot" else checkpoint.lerobot_config
+    if features is None:
+        raise ValueError(f"robot 'lerobot' describes lerobot checkpoints; {checkpoint.path} is {checkpoint.format}")
+    return robot_from_lerobot(features)
 
 
 def load_policy(

@@ -4,9 +4,6 @@ import pytest
 import torch
 from mutations import MUTATIONS, Mutation, golden_of, measure, mutated_model
 
-from turbopi.audit.golden import Golden
-from turbopi.model import Pi0
-
 CASES = [(mutation, kind) for mutation in MUTATIONS for kind in mutation.kinds]
 
 
@@ -15,23 +12,10 @@ CASES = [(mutation, kind) for mutation in MUTATIONS for kind in mutation.kinds]
 )
 def test_a_mistake_is_seen_at_its_tap(mutation: Mutation, kind: str, tmp_path: Path) -> None:
     golden = golden_of(mutation, kind)
-    if mutation.trap == 13:  # only the prompt's rows are scaled, and only they are exact: image rows carry GEMM noise
-        assert _prompt_rows_equal(golden, golden.build(), mutation.tap)
-        assert not _prompt_rows_equal(golden, mutated_model(mutation, golden, tmp_path), mutation.tap)
-        return
     right = measure(golden, golden.build(invalid_tokens=mutation.invalid_tokens), mutation)
     wrong = measure(golden, mutated_model(mutation, golden, tmp_path), mutation)
     assert right.relative <= mutation.tolerance
     assert not wrong.relative <= mutation.tolerance
-
-
-def _prompt_rows_equal(golden: Golden, model: Pi0, tap: str) -> bool:
-    inputs, noise = golden.inputs()
-    with model.taps() as taps:
-        model.sample_actions(inputs, noise, 1)
-    record = next(value for name, _, value in golden.records() if name == tap)
-    start = golden.config.cameras * golden.config.vision.tokens
-    return torch.equal(taps[tap][:, start:].to(record.dtype), record[:, start:])
 
 
 def test_every_trap_of_section_one_has_a_mutation() -> None:
