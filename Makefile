@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+export PYTHON
+BIN := .venv/bin
+
+.PHONY: demo test test-gpu lint format parity bench clean
+
+.venv/.demo: pyproject.toml scripts/setup.sh
+	scripts/setup.sh serve,client
+	@touch $@
+
+.venv/.dev: pyproject.toml scripts/setup.sh
+	scripts/setup.sh dev
+	@touch $@ .venv/.demo
+
+demo: .venv/.demo
+	$(BIN)/python examples/demo.py
+
+test: .venv/.dev
+	$(BIN)/pytest --cov=turbopi --cov-report=term:skip-covered
+
+test-gpu: .venv/.dev
+	$(BIN)/pytest -m gpu
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Tap by tap against openpi, lerobot and JAX. FULL=path/to/full adds the 3.3-billion-parameter records.
+parity: .venv/.dev
+	$(BIN)/python scripts/parity.py tests/data/tiny tests/data/long $(FULL) --out benchmarks/results/parity.json
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/dropped_vs_masked.py
+
+clean:
+	rm -rf .venv build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
