@@ -4,7 +4,7 @@
     python benchmarks/dropped_vs_masked.py --full --repeats 2        # π0.5's real size: 16 GiB, minutes
 
 Two cameras of three and a prompt of 40 tokens in 200 slots, float32. Without --full the model has the geometry of
-π0.5 (224 px, 256 tokens a camera, 200 prompt slots) at a smaller width. Writes benchmarks/results/dropped_vs_masked*.json.
+π0.5 (224 px, 256 tokens a camera, 200 prompt slots) at a smaller width. The receipts go to benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -1,0 +1,60 @@
+"""The rooms of docs/architecture.md: imports point down the table, never back."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import turbopi
+
+PACKAGE = Path(turbopi.__file__).parent
+ROOT = {"config", "errors", "__init__"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "errors": set(),
+    "model": ROOT,
+    "transforms": ROOT,
+    "checkpoint": ROOT | {"model", "transforms"},
+    "engine": ROOT | {"model"},
+    "policy": ROOT | {"model", "transforms", "checkpoint", "engine"},
+    "audit": ROOT | {"model", "checkpoint"},
+    "bench": ROOT,
+    "serve": ROOT,
+    "cli": ROOT | {"model", "transforms", "checkpoint", "engine", "policy", "audit", "bench", "serve"},
+}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """The rooms of this package that a file imports, at its top or inside functions."""
+    package = ("turbopi", *file.relative_to(PACKAGE).parts[:-1])
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            path = (*base, *(node.module.split(".") if node.module else ()))
+            names = [path] if len(path) > 1 else [(*path, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        rooms |= {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == "turbopi"}
+    return {room if room in MAY_IMPORT else "__init__" for room in rooms}
+
+
+FILES = sorted(f for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    room = room_of(file)
+    assert room in MAY_IMPORT, f"{room} is a new room: give it a line in docs/architecture.md and here"
+    assert imported_rooms(file) <= MAY_IMPORT[room] | {room}
+
+
+def test_the_reader_sees_imports() -> None:
+    assert imported_rooms(PACKAGE / "policy.py") >= {"model", "transforms", "checkpoint", "engine"}
+    assert imported_rooms(PACKAGE / "cli" / "infer.py") >= {"errors"}
