@@ -14,7 +14,7 @@ has_torch() { "$1" -c 'import sys, torch; sys.exit(tuple(map(int, torch.__versio
 if [ ! -x .venv/bin/python ]; then
     # A GPU machine often has its own build of torch: use that one.
     if has_torch "$python"; then shared=--system-site-packages; else shared=; fi
-    echo "making .venv ${shared:+with this machine's torch}"
+    echo "making .venv${shared:+ around the torch of this machine}"
     "$python" -m venv $shared .venv
 fi
 if ! has_torch .venv/bin/python; then
