@@ -18,6 +18,7 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(BIN)/pytest --cov=turbopi --cov-report=term:skip-covered
+	$(BIN)/coverage report --include="turbopi/model/*,turbopi/transforms/*,turbopi/checkpoint/*" --fail-under=95 --format=total
 
 test-gpu: .venv/.dev
 	$(BIN)/pytest -m gpu

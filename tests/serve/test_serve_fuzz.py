@@ -5,140 +5,24 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import msgpack
-import numpy as np
 import psutil
 import pytest
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from serve_fakes import NoisePolicy, ServerProcess, observation
-from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
-
-from turbopi.serve import encode
+from serve_fuzz import KINDS, REPLY_TIMEOUT_S, attack_from_all_sides
 
 # The published client opens its websocket in a way that newer `websockets` versions warn about.
 pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager:DeprecationWarning")
 
 WANTED = 5_000
 CLIENTS = 6
-REPLY_TIMEOUT_S = 20
 MAX_GROWTH = 256 * 1024 * 1024
 HEALTHY_REQUESTS = 40
-
-
-def array_map(data: Any, dtype: Any, shape: Any) -> dict[bytes, Any]:
-    return {b"__ndarray__": True, b"data": data, b"dtype": dtype, b"shape": shape}
-
-
-def wrong_fields(rng: random.Random, valid: dict[str, Any]) -> bytes:
-    """One array of a valid request with a wrong dtype, shape or data."""
-    key = rng.choice(["observation/image", "observation/wrist_image", "observation/state"])
-    data, dtype, shape = valid[key].tobytes(), valid[key].dtype.str, list(valid[key].shape)
-    changes: list[dict[bytes, Any]] = [
-        array_map(
-            data, rng.choice(["|O", "O", "<c8", "|V1", "<M8[us]", "<f16", "x", "", "|u2", "<U1", 7, None]), shape
-        ),
-        array_map(data, dtype, rng.choice([[], [-1], [2**62, 2**62], [1] * 40, shape[:-1], [*shape, 2], "x", [0.5]])),
-        array_map(data[: rng.randrange(len(data))], dtype, shape),
-        array_map(data + b"x", dtype, shape),
-        array_map(None, dtype, shape),
-        {b"__ndarray__": True},
-        {b"__npgeneric__": True, b"data": rng.choice([None, "x", 1e300, 2**63]), b"dtype": "<i4"},
-    ]
-    return bytes(msgpack.packb({**{k: v for k, v in valid.items() if k == "prompt"}, key: rng.choice(changes)}))
-
-
-def wrong_content(rng: random.Random, valid: dict[str, Any]) -> bytes:
-    """A well-formed message that is not an observation: missing keys, wrong shapes, NaN."""
-    changed = dict(valid)
-    key = rng.choice(list(valid))
-    kind = rng.randrange(4)
-    if kind == 0:
-        del changed[key]
-    elif kind == 1:
-        image = np.ones((8, 8, 3), rng.choice([np.float32, np.float64, np.float16]))
-        image[rng.randrange(8)] = rng.choice([np.nan, np.inf])
-        changed["observation/image"] = image
-    elif kind == 2:
-        changed[key] = rng.choice([None, 5, [1, 2], {}, np.zeros(()), np.zeros((3, 4)), np.zeros((0, 0))])
-        if key == "prompt":
-            changed["prompt"] = rng.choice([None, 5, [], {}])
-    else:
-        changed["observation/state"] = np.full(8, np.nan, np.float32)
-    return encode(changed)
-
-
-def bomb(rng: random.Random) -> bytes:
-    """Deep nesting, huge declared lengths, floods of tiny items."""
-    head = rng.choice([b"\x81\xa1a", b"", b"\x82\xa6prompt\xa0\xa1b"])
-    return head + rng.choice(
-        [
-            b"\x91" * rng.randrange(20, 30_000),
-            b"\x81\xa1a" * rng.randrange(20, 10_000),
-            rng.choice([b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9"]) + struct.pack(">I", rng.randrange(2**16, 2**32)),
-            (b"\xdc\xff\xff" + b"\x80" * 65_535) * rng.randrange(1, 4),
-            b"\xdd\x00\x04\x00\x00" + b"\xc0" * 262_144,
-            msgpack.packb({b"__ndarray__": True, b"data": b""})[:-2] + b"\xc6\xff\xff\xff\xff",
-        ]
-    )
-
-
-def flipped(rng: random.Random, frame: bytes) -> bytes:
-    """Some bits of a valid frame turned, most of them in its small fields."""
-    changed = bytearray(frame)
-    for _ in range(rng.randrange(1, 6)):
-        where = rng.randrange(60) if rng.random() < 0.5 else rng.randrange(len(changed))
-        changed[where] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def frames(seed: int) -> Iterator[tuple[str, bytes | str]]:
-    rng = random.Random(seed)
-    valid = observation(seed, size=8)
-    packed = encode(valid)
-    while True:
-        yield "random", rng.randbytes(rng.randrange(0, 300))
-        yield "truncated", packed[: rng.randrange(len(packed))]
-        yield "flipped", flipped(rng, packed)
-        yield "fields", wrong_fields(rng, valid)
-        yield "content", wrong_content(rng, valid)
-        yield "text", rng.choice(["", "hello", "é" * 50, packed.hex()[:200]])
-        if rng.random() < 0.15:
-            yield "bomb", bomb(rng)
-
-
-async def attack(url: str, seed: int, counts: Counter[str]) -> None:
-    """Send frames until enough were refused; reconnect after each refusal, as the protocol has it."""
-    source = frames(seed)
-    while sum(counts[kind] for kind in KINDS) < WANTED:
-        async with connect(url, compression=None, max_size=None, ping_interval=None) as client:
-            await asyncio.wait_for(client.recv(), REPLY_TIMEOUT_S)
-            for kind, frame in source:
-                await client.send(frame)
-                reply = await asyncio.wait_for(client.recv(), REPLY_TIMEOUT_S)
-                if isinstance(reply, bytes):  # a flipped bit in a pixel makes no malformed frame
-                    assert kind == "flipped", (kind, frame[:100])
-                    counts["answered"] += 1
-                    continue
-                assert "InputError: " in reply.splitlines()[-1], reply
-                assert len(reply) < 2000
-                counts[kind] += 1
-                with pytest.raises(ConnectionClosed) as closed:
-                    await asyncio.wait_for(client.recv(), REPLY_TIMEOUT_S)
-                assert closed.value.rcvd is not None
-                assert closed.value.rcvd.code == 1011
-                break
-
-
-KINDS = ("random", "truncated", "flipped", "fields", "content", "text", "bomb")
 
 
 def broken_framing(port: int, count: int) -> Counter[str]:
@@ -194,7 +78,7 @@ def play(port: int, requests: int, results: list[bytes], until: threading.Event)
 
 def test_malformed_frames_hurt_only_their_own_connection(tmp_path: Path) -> None:
     with ServerProcess(NoisePolicy, tmp_path / "log") as server:
-        done, during, counts = threading.Event(), [], Counter()
+        done, during = threading.Event(), []
         process = psutil.Process(server.process.pid)
         warm: list[bytes] = []
         always = threading.Event()
@@ -205,10 +89,7 @@ def test_malformed_frames_hurt_only_their_own_connection(tmp_path: Path) -> None
         healthy = threading.Thread(target=play, args=(server.port, HEALTHY_REQUESTS, during, done))
         healthy.start()
 
-        async def attack_all() -> None:
-            await asyncio.gather(*(attack(server.url, seed, counts) for seed in range(CLIENTS)))
-
-        asyncio.run(attack_all())
+        counts = asyncio.run(attack_from_all_sides(server.url, CLIENTS, WANTED))
         ends = broken_framing(server.port, 120)
         took = time.perf_counter() - start
         done.set()

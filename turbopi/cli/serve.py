@@ -14,6 +14,7 @@ from .options import PolicyOptions
 if TYPE_CHECKING:
     from ..serve import PolicyServer
 
+REQUEST_LOGGER = "turbopi.serve.requests"
 API_KEY_VARIABLE = "TURBO_PI_API_KEY"
 
 
@@ -43,7 +44,9 @@ def serve(
 
     console = Console(stderr=True, soft_wrap=True)
     if log_requests:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        requests = logging.getLogger(REQUEST_LOGGER)
+        requests.setLevel(logging.INFO)
+        requests.addHandler(logging.StreamHandler())
     config = ServeConfig(
         host=host,
         port=port,
