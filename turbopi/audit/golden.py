@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.hashweights import hash_integers, hash_normal, hash_parameter, hash_tensor
+from ..checkpoint.load import build_model
 from ..checkpoint.names import HEADS, from_openpi
 from ..config import GemmaConfig, InvalidTokens, ModelConfig, NumericsName, VisionConfig
 from ..model import ModelInput, Pi0
-from ..model.numerics import parameter_dtype
 
 OBSERVED_STATE_DIMS = 8
 FIRST_TOKEN = 2
@@ -112,14 +112,11 @@ class Golden:
 
 def hash_model(config: ModelConfig, seed: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> Pi0:
     """A reference model with hash weights, made parameter by parameter."""
-    with torch.device("meta"):
-        model = Pi0(config)
-    for name, parameter in list(model.named_parameters()):
-        value = hash_parameter(name, tuple(parameter.shape), seed, device)
-        module, _, leaf = name.rpartition(".")
-        kept = value.to(parameter_dtype(name, config.numerics, dtype))
-        setattr(model.get_submodule(module), leaf, torch.nn.Parameter(kept))
-    return model.eval()
+
+    def fill(name: str, kept: Tensor) -> None:
+        kept.copy_(hash_parameter(name, tuple(kept.shape), seed, device))
+
+    return build_model(config, device, dtype, fill)
 
 
 def _parse_slices(text: str) -> tuple[slice, ...]:

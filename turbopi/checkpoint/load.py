@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import InvalidTokens, ModelConfig, NumericsName
 from ..model import Pi0
@@ -64,13 +65,31 @@ def load_opened(
         checkpoint.check(config)
     changes = {"numerics": numerics, "invalid_tokens": invalid_tokens}
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    return build_model(config, target, dtype, checkpoint.tensors.read_into, order=checkpoint.tensors.infos)
+
+
+def build_model(
+    config: ModelConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    fill: Callable[[str, Tensor], None],
+    order: Iterable[str] | None = None,
+) -> Pi0:
+    """A `Pi0` in eval mode whose parameters are made one at a time.
+
+    Args:
+        config: of the model.
+        device: where the parameters go.
+        dtype: of the model; each parameter gets the dtype that the numerics profile gives it.
+        fill: called with a parameter's name and its uninitialised tensor, to write its values.
+        order: names in the order in which to fill; names that are no parameters are passed over.
+    """
     with torch.device("meta"):
         model = Pi0(config)
-    wanted = {name for name, _ in model.named_parameters()}
-    for name in (name for name in checkpoint.tensors.infos if name in wanted):
-        info = checkpoint.tensors.infos[name]
-        kept = torch.empty(info.shape, dtype=parameter_dtype(name, config.numerics, dtype), device=target)
-        checkpoint.tensors.read_into(name, kept)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name in shapes if order is None else (name for name in order if name in shapes):
+        kept = torch.empty(shapes[name], dtype=parameter_dtype(name, config.numerics, dtype), device=device)
+        fill(name, kept)
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(kept))
     return model.eval()
