@@ -5,6 +5,7 @@ from .convert import Conversion, convert
 from .doctor import examine
 from .initialise import init_checkpoint
 from .load import load_model, load_opened
+from .save import save_checkpoint
 from .report import Check, Fact, Report
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "load_model",
     "load_opened",
     "open_checkpoint",
+    "save_checkpoint",
 ]

@@ -266,6 +266,35 @@ def write_safetensors(
             file.write(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
+def write_shards(
+    directory: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    max_bytes: int,
+) -> None:
+    """Write several safetensors files of at most `max_bytes` each, and the index that names them.
+
+    A tensor that is larger alone gets a file of its own.
+    """
+    groups: list[dict[str, TensorInfo]] = []
+    room = 0
+    for name, info in infos.items():
+        if not groups or info.nbytes > room:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = info
+        room -= info.nbytes
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_safetensors(directory / file, group, read, metadata)
+        weight_map |= dict.fromkeys(group, file)
+    total = sum(info.nbytes for info in infos.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError if it is not one, FileNotFoundError if absent."""
     try:

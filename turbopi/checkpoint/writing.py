@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from .infer_config import TURBOPI, VARIANTS
 from .names import EMBEDDING, EXPERT_HEAD, TIED_HEAD, head_shapes, parameter_shapes, to_openpi
-from .tensors import WEIGHTS, TensorInfo, write_safetensors
+from .tensors import WEIGHTS, TensorInfo, write_safetensors, write_shards
 
 Rename = Callable[[str], str]
 
@@ -76,8 +76,9 @@ def write_weights(
     *,
     rename: Rename = to_openpi,
     untied: bool = False,
+    max_shard_bytes: int | None = None,
 ) -> None:
-    """Write `model.safetensors` in a port's names, asking `read` for one tensor at a time.
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes`, in a port's names, asking `read` for one tensor at a time.
 
     Both ports' loaders are strict, so the output heads are always written: the tied one is the embedding, and the
     expert's, which nothing reads, is zeros unless `dtypes` has it. `untied` stores the embedding under its own name
@@ -98,4 +99,7 @@ def write_weights(
 
     # safetensors' own loader follows this note to the name under which the tied tensor is kept.
     metadata = {} if untied else {rename(EMBEDDING): rename(TIED_HEAD)}
-    write_safetensors(directory / WEIGHTS, infos, fetch, metadata)
+    if max_shard_bytes is None:
+        write_safetensors(directory / WEIGHTS, infos, fetch, metadata)
+    else:
+        write_shards(directory, infos, fetch, metadata, max_shard_bytes)
