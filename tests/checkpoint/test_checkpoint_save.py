@@ -36,7 +36,7 @@ def test_a_saved_model_is_the_model(tmp_path: Path, dtype: torch.dtype, max_shar
         assert {shard.name for shard in shards} == set(index["weight_map"].values())
         assert len(shards) > 2
         assert max(shard.stat().st_size for shard in shards) < 1.1 * max_shard_bytes + 20_000
-    convert(path, tmp_path / "whole", "openpi")
+    convert(path, tmp_path / "lerobot", "lerobot")
 
 
 def test_saving_does_not_overwrite(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from .convert import Conversion, convert
 from .doctor import examine
 from .initialise import init_checkpoint
 from .load import load_model, load_opened
-from .save import save_checkpoint
 from .report import Check, Fact, Report
+from .save import save_checkpoint
 
 __all__ = [
     "Check",

@@ -285,7 +285,7 @@ def write_shards(
             room = max_bytes
         groups[-1][name] = info
         room -= info.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         write_safetensors(directory / file, group, read, metadata)

@@ -78,11 +78,12 @@ def write_weights(
     untied: bool = False,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Write `model.safetensors`, or shards of at most `max_shard_bytes`, in a port's names, asking `read` for one tensor at a time.
+    """Write `model.safetensors` in a port's names, or shards of at most `max_shard_bytes`.
 
-    Both ports' loaders are strict, so the output heads are always written: the tied one is the embedding, and the
-    expert's, which nothing reads, is zeros unless `dtypes` has it. `untied` stores the embedding under its own name
-    too, as lerobot does; otherwise it stands under the head's name only, as openpi does.
+    `read` is asked for one tensor at a time. Both ports' loaders are strict, so the output heads are always written:
+    the tied one is the embedding, and the expert's, which nothing reads, is zeros unless `dtypes` has it. `untied`
+    stores the embedding under its own name too, as lerobot does; otherwise it stands under the head's name only, as
+    openpi does.
     """
     shapes = parameter_shapes(config) | head_shapes(config)
     if not untied:
