@@ -206,11 +206,23 @@ _TINY = ModelConfig(
     max_tokens=64,
 )
 
+_LIBERO_SMALL = ModelConfig(
+    kind="pi05",
+    vision=VisionConfig(width=256, depth=6, mlp_dim=768, heads=4, patch_size=14, image_size=112),
+    vlm=GemmaConfig(width=256, depth=6, mlp_dim=1024, heads=8, kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=192, depth=6, mlp_dim=640, heads=8, kv_heads=1, head_dim=32),
+    vocab_size=1024,
+    horizon=10,
+    max_tokens=80,
+    state_in_prompt=True,
+)
+
 PRESETS: dict[str, ModelConfig] = {
     "pi0": _PI0,
     "pi05": dataclasses.replace(_PI0, kind="pi05", max_tokens=200),
     "pi0-small": _SMALL,
     "pi05-small": dataclasses.replace(_SMALL, kind="pi05", state_in_prompt=True),
+    "pi05-libero-small": _LIBERO_SMALL,
     "pi0-tiny": _TINY,
     "pi05-tiny": dataclasses.replace(_TINY, kind="pi05", state_in_prompt=True),
 }

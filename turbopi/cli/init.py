@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-Preset = Literal["pi0", "pi05", "pi0-small", "pi05-small", "pi0-tiny", "pi05-tiny"]
+Preset = Literal["pi0", "pi05", "pi0-small", "pi05-small", "pi05-libero-small", "pi0-tiny", "pi05-tiny"]
 
 
 def init(

@@ -79,9 +79,12 @@ class Pi0(nn.Module):
                 continue
             present = image_mask[:, camera]
             shape = (len(present), self.config.vision.tokens, self.config.vlm.width)
-            tokens = torch.zeros(shape, dtype=self.projector.weight.dtype, device=images.device)
-            if bool(present.any()):
-                tokens[present] = self._encode_camera(images[present, camera], tap)
+            if not bool(present.any()):
+                cameras.append(torch.zeros(shape, dtype=self.projector.weight.dtype, device=images.device))
+                continue
+            encoded = self._encode_camera(images[present, camera], tap)
+            tokens = encoded.new_zeros(shape)
+            tokens[present] = encoded
             cameras.append(tokens)
         return torch.stack(cameras, dim=1)
 
@@ -168,9 +171,14 @@ class Pi0(nn.Module):
         """Flow-matching loss of each action: squared error of the velocity, mean over action dims (SPEC 1.5).
 
         actions and noise (B,H,32) float32, time (B,) float32 from `flow.sample_time` -> (B,H) float32, differentiable.
+        Raises InputError if the input or the noise does not fit the model.
         """
         input.check(self.config)
         check_noise(noise, input.state.shape[0], self.config)
+        return self.unchecked_loss(input, actions, noise, time)
+
+    def unchecked_loss(self, input: ModelInput, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:  # noqa: A002
+        """`loss` without looking at the values, which makes a GPU wait."""
         x_t, target = noised(actions, noise, time)
         image_tokens = self.encode_images(input.images, input.image_mask)
         cache = self.prefill(image_tokens, input.image_mask, input.tokens, input.token_mask)
