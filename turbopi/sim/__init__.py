@@ -1,0 +1,1 @@
+"""LIBERO in closed loop: simulated tasks, the scripted expert, episodes and what they prove."""
