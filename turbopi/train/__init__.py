@@ -1,0 +1,1 @@
+"""Training of small policies with the reference model's own loss."""
