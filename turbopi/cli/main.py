@@ -9,16 +9,24 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from .compare import compare
 from .convert import convert
+from .demos import demos
 from .doctor import doctor
+from .eval import eval_
 from .infer import infer
 from .info import info
 from .init import init
 from .serve import serve
+from .train import train
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "infer": infer,
     "serve": serve,
+    "eval": eval_,
+    "compare": compare,
+    "demos": demos,
+    "train": train,
     "doctor": doctor,
     "convert": convert,
     "init": init,
