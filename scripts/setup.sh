@@ -24,3 +24,17 @@ if ! has_torch .venv/bin/python; then
 fi
 echo "installing turbo-pi[$extras]"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+
+# The simulator draws off-screen through EGL or OSMesa, which only the system's packages bring.
+case ",$extras," in *,sim,* | *,dev,*)
+    if ! ldconfig -p | grep -q 'libOSMesa\|libEGL'; then
+        packages="libosmesa6 libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 libglib2.0-0"
+        if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+            echo "installing $packages"
+            apt-get install -qq -y --no-install-recommends $packages >/dev/null ||
+                { apt-get update -qq && apt-get install -qq -y --no-install-recommends $packages >/dev/null; }
+        else
+            echo "note: the simulator needs OpenGL: apt-get install $packages" >&2
+        fi
+    fi
+esac

@@ -14,13 +14,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "model": ROOT,
     "transforms": ROOT,
+    "sim": ROOT | {"transforms", "policy", "serve"},
+    "train": ROOT | {"model", "transforms", "checkpoint", "policy", "sim"},
+    "report": ROOT,
     "checkpoint": ROOT | {"model", "transforms"},
     "engine": ROOT | {"model"},
     "policy": ROOT | {"model", "transforms", "checkpoint", "engine"},
     "audit": ROOT | {"model", "checkpoint"},
     "bench": ROOT,
     "serve": ROOT,
-    "cli": ROOT | {"model", "transforms", "checkpoint", "engine", "policy", "audit", "bench", "serve"},
+    "cli": {"*"},
 }
 
 
@@ -52,7 +55,8 @@ FILES = sorted(f for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")
 def test_imports_point_down(file: Path) -> None:
     room = room_of(file)
     assert room in MAY_IMPORT, f"{room} is a new room: give it a line in docs/architecture.md and here"
-    assert imported_rooms(file) <= MAY_IMPORT[room] | {room}
+    allowed = set(MAY_IMPORT) if MAY_IMPORT[room] == {"*"} else MAY_IMPORT[room]
+    assert imported_rooms(file) <= allowed | ROOT | {room}
 
 
 def test_the_reader_sees_imports() -> None:
