@@ -25,9 +25,10 @@ fi
 echo "installing turbo-pi[$extras]"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
 
-# The simulator draws off-screen through EGL or OSMesa, which only the system's packages bring.
+# The simulator draws off-screen through EGL or OSMesa, and its OpenCV wants libGL: only system packages bring them.
 case ",$extras," in *,sim,* | *,dev,*)
-    if ! ldconfig -p | grep -q 'libOSMesa\|libEGL'; then
+    libraries=$(ldconfig -p)
+    if ! { grep -q 'libOSMesa\|libEGL' <<<"$libraries" && grep -q 'libGL\.so\.1' <<<"$libraries"; }; then
         packages="libosmesa6 libegl1 libegl-mesa0 libgl1-mesa-dri libgl1 libglib2.0-0"
         if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
             echo "installing $packages"

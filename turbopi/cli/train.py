@@ -9,6 +9,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+CHECKPOINT = "checkpoint"
+
 
 def train(
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR…")],
@@ -53,6 +55,8 @@ def train(
     from ..train.trainer import CURVE_FILE, TrainConfig, Trainer
     from ..transforms import shipped_tokenizer
 
+    if (out / CHECKPOINT).exists():
+        raise FileExistsError(f"{out / CHECKPOINT} is there already: this run has ended; choose another --out")
     console = Console()
     target = usable_device(choose_device(device))
     model = find_preset(preset)
@@ -79,6 +83,6 @@ def train(
         trainer.run(ticks, lambda step, loss: progress.update(bar, completed=step, loss=loss))
     draw_curve(out / CURVE_FILE, out / "loss.svg")
     shard_bytes = shard_mib * 1024 * 1024
-    path = trainer.save_checkpoint(out / "checkpoint", stats, shipped_tokenizer(), getattr(torch, dtype), shard_bytes)
+    path = trainer.save_checkpoint(out / CHECKPOINT, stats, shipped_tokenizer(), getattr(torch, dtype), shard_bytes)
     console.print(f"wrote {path}")
     return 0

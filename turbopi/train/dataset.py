@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ def load_episodes(files: Sequence[Path], workers: int) -> list[Episode]:
     """Read many episodes in parallel, in the order of `files`."""
     if workers < 2:
         return [load_episode(file) for file in files]
-    with ProcessPoolExecutor(workers) as pool:
+    # Not forked: torch has threads of its own by now, and a forked child could wait for them for ever.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(pool.map(load_episode, files, chunksize=8))
 
 
