@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..sim.expert import SpatialExpert
-from ..sim.libero import LiberoEnv, Task, load_task
+from ..sim.libero import LiberoEnv, load_task
 from ..transforms import resize_with_pad
 from .episodes import Episode, save_episode
 
@@ -123,9 +123,9 @@ def make_episode(config: DemoConfig, index: int, seed: int) -> tuple[int, bool]:
     env = _env(index)
     env.reset(seed=seed)
     other = index in other_prompts() and rng.random() < config.other_bowl
-    prompt = other_prompts()[index] if other else load_task(SUITE, index).prompt
+    prompt = other_prompts()[index] if other else env.task.prompt
     recorder = _Recorder(config, env, prompt, OTHER if other else TARGET, rng)
-    if not recorder.run(load_task(SUITE, index)):
+    if not recorder.run():
         return index, False
     meta = {"prompt": prompt, "task": index, "seed": seed, "other_bowl": other, "noise": recorder.noise}
     save_episode(_file(config, index, seed), recorder.episode(meta))
@@ -145,10 +145,10 @@ class _Recorder:
         self.burst: tuple[int, np.ndarray] = (0, np.zeros(6))
         self.chunk: list[np.ndarray] = []
 
-    def run(self, task: Task) -> bool:
+    def run(self) -> bool:
         """Act until the bowl stands on the plate, and a little longer; False if that takes too long."""
         after = 0
-        for _ in range(task.step_limit):
+        for _ in range(self.env.task.step_limit):
             clean = np.clip(self.expert.act(), -1.0, 1.0)
             self._record(clean)
             self.env.step(self._executed(clean))
