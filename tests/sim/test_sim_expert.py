@@ -6,6 +6,7 @@ import pytest
 from turbopi.sim.expert import CLOSE, OPEN, PHASES, SpatialExpert
 from turbopi.sim.grasp import (
     HIGH_GRIP,
+    INNER_GRIP,
     LOW_GRIP,
     choose_grasp,
     grasp_at_hand,
@@ -28,6 +29,7 @@ def snapshot(obstacles: Boxes, **changes: object) -> Snapshot:
     values = {
         "hand": np.array([-0.2, 0.0, 1.17]),
         "hand_rotation": hand_rotation(0.0),
+        "hand_velocity": np.zeros(3),
         "gap": 0.08,
         "closing": 0.0,
         "bowl": BOWL,
@@ -40,14 +42,25 @@ def snapshot(obstacles: Boxes, **changes: object) -> Snapshot:
     return Snapshot(**(values | changes))
 
 
-def test_distance_to_boxes_outside_inside_and_to_none() -> None:
+def test_gaps_between_boxes_outside_inside_and_to_none() -> None:
     some = boxes(((0, 0, 0), (1, 2, 3)), ((10, 0, 0), (1, 1, 1)))
-    points = np.array([[3.0, 0, 0], [2.0, 3.0, 0], [0.8, 0, 0], [8.0, 0, 0]])
-    np.testing.assert_allclose(some.distance(points), [2, np.sqrt(2), -0.2, 1])
-    assert np.isinf(boxes().distance(points)).all()
+    others = boxes(((4, 0, 0), (1, 1, 1)), ((0, 4.5, 0), (1, 1, 1)), ((0.5, 0, 0), (1, 1, 1)))
+    np.testing.assert_allclose(some.gap(others), [2, 1.5, -1.5])
+    assert np.isinf(boxes().gap(others)).all()
     assert len(some.near(np.zeros(3), 0.1).half) == 1
     np.testing.assert_allclose(some.tops(), [3, 1])
     np.testing.assert_allclose(some.lateral(np.array([4.0, 0, 9])), [3, 5])
+
+
+def test_the_gap_of_turned_boxes() -> None:
+    c = np.sqrt(0.5)
+    turned = Boxes(np.array([[3.0, 0, 0]]), np.array([[[c, -c, 0], [c, c, 0], [0, 0, 1]]]), np.ones((1, 3)))
+    np.testing.assert_allclose(boxes(((0, 0, 0), (1, 1, 1))).gap(turned), 2 - np.sqrt(2))
+
+
+def test_a_thin_wall_through_a_box_is_deep() -> None:
+    wall = boxes(((0, 0, 0), (0.002, 1, 1)))
+    np.testing.assert_allclose(wall.gap(boxes(((0.01, 0, 0), (0.05, 0.01, 0.01)))), -0.042)
 
 
 @pytest.mark.parametrize("yaw", [-1.5, -0.3, 0.0, 1.2])
@@ -79,6 +92,17 @@ def test_low_walls_all_around_raise_the_grip() -> None:
     sides = [((-0.1 + x, y, 0.93), (0.002 + 0.1 * (y != 0), 0.002 + 0.1 * (x != 0), 0.034)) for x, y in
              ((0.098, 0), (-0.098, 0), (0, 0.098), (0, -0.098))]  # fmt: skip
     assert choose_grasp(snapshot(boxes(*sides))).grip == HIGH_GRIP
+
+
+def test_high_walls_all_around_put_the_hand_inside_the_rim() -> None:
+    sides = [((-0.1 + x, y, 0.93), (0.002 + 0.1 * (y != 0), 0.002 + 0.1 * (x != 0), 0.028)) for x, y in
+             ((0.100, 0), (-0.100, 0), (0, 0.080), (0, -0.080))]  # fmt: skip
+    state = snapshot(boxes(*sides))
+    grasp = choose_grasp(state)
+    assert grasp.grip == INNER_GRIP
+    open_, closed = (np.linalg.norm((grasp.position(snapshot(boxes(), gap=g)) - BOWL)[:2]) for g in (0.08, 0.0))
+    assert open_ == pytest.approx(INNER_GRIP[1])
+    assert closed == pytest.approx(LOW_GRIP[1])
 
 
 def test_the_choice_does_not_depend_on_the_hand_but_on_what_failed() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .grasp import Grasp, choose_grasp, grasp_at_hand, hand_rotation, hand_yaw, rotation_error
+from .grasp import Grasp, choose_grasp, grasp_at_hand, hand_rotation, hand_yaw, room, rotation_error
 from .scene import Scene, Snapshot
 
 OPEN, CLOSE = -1.0, 1.0
 PHASES = ("reach", "descend", "grasp", "lift", "carry", "lower", "release", "retreat")
+_RIM_HEIGHT = 0.05  # m, over the bowl's origin
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,12 @@ class ExpertConfig:
     top_speed: float = 1.0
     top_turn: float = 0.5
     gentle_speed: float = 0.35  # close to the plate
+    lift_speed: float = 0.5  # between walls, where a jerk pulls the fingers off the rim
+    free_room: float = 0.010  # an open hand with less room stands between walls; with twice as much, it does not
     grasp_lateral: float = 0.009
     grasp_height: float = 0.008
+    least_lateral: float = 0.006  # asked for before going down between walls
+    foresight: float = 0.1  # s: the hand slows down for where it will be, or it would overshoot into a wall
     grasp_turn: float = 0.10
     funnel_slope: float = 3.0  # metres of height per metre that the hand is still off to the side
     hover: float = 0.065  # the open fingers clear the rim
@@ -133,39 +138,41 @@ class SpatialExpert:
         error[:2] *= _gate(wanted - height) * _stiffer(off)
         self.phase = "lift" if wanted - height > 0.02 else "lower" if funnel < clear else "carry"
         near = max(0.0, height - s.goal[2] - 0.01)
+        free = float(np.clip(room(s) / c.free_room - 1.0, 0.0, 1.0))
+        error[2] = min(error[2], (c.lift_speed + free * (c.top_speed - c.lift_speed)) / c.position_gain)
         return self._action(error, self._upright(s), CLOSE, sink=c.gentle_speed + 8.0 * near)
 
     def _acquire(self, s: Snapshot) -> np.ndarray:
         """Reach over the rim, down a funnel, close."""
         c = self._config
         grasp = self._plan(s)
-        error = grasp.position(s) - s.hand
+        there = grasp.position(s)
+        error = there - s.hand - c.foresight * s.hand_velocity
         turn = rotation_error(grasp.rotation, s.hand_rotation)
         turned = float(np.linalg.norm(turn))
-        off = float(np.linalg.norm(error[:2]))
-        if self._close_now(s, off, abs(error[2]), turned):
+        off = float(np.linalg.norm((there - s.hand)[:2]))
+        if self._close_now(s, off, abs(there[2] - s.hand[2]), turned):
             self.phase = "grasp"
             return self._action(1.5 * error, turn, CLOSE)
-        goal_height = s.hand[2] + error[2]
-        clear = max(goal_height + c.hover, self._height_over(s, s.hand, radius=0.07, below=0.025))
+        clear = max(there[2] + c.hover, self._height_over(s, s.hand, radius=0.07, below=0.025))
         ready = s.gap > c.open_gap
-        loose = max(0.0, off - c.grasp_lateral) + 0.15 * max(0.0, turned - c.grasp_turn)
-        funnel = goal_height + c.funnel_slope * loose if ready else np.inf
+        play = float(np.clip(grasp.clearance, c.least_lateral, c.grasp_lateral))
+        loose = max(0.0, off - play) + 0.15 * max(0.0, turned - c.grasp_turn)
+        funnel = there[2] + c.funnel_slope * loose if ready else np.inf
         wanted = min(funnel, clear)
         self.phase = "descend" if funnel < clear else "reach"
         rise = wanted - s.hand[2]
-        error[2] = rise
+        error[2] = rise - c.foresight * s.hand_velocity[2]
         error[:2] *= _gate(rise) * _stiffer(off)
         return self._action(error, turn, OPEN)
 
     def _plan(self, s: Snapshot) -> Grasp:
         """The present grasp, or another if the bowl is no longer where that one was chosen."""
-        moved = np.linalg.norm(s.bowl - self._grasped_from) > 0.03
-        if self._grasp is None:
-            self._grasp = grasp_at_hand(s)
+        rim = s.bowl + _RIM_HEIGHT * s.bowl_rotation[:, 2]  # moves with the bowl, and when it rights itself
+        moved = np.linalg.norm(rim - self._grasped_from) > (0.03 if self._closing else 0.015)
         if self._grasp is None or moved:
             self._grasp = grasp_at_hand(s) or choose_grasp(s, self._refused)
-            self._grasped_from = s.bowl
+            self._grasped_from = rim
         return self._grasp
 
     def _close_now(self, s: Snapshot, off: float, height: float, turned: float) -> bool:

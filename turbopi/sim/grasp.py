@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import Snapshot
+from .scene import Boxes, Snapshot
 
-# Height above the bowl's origin and radius of the rim there, m. Low holds best; high keeps the palm over drawer walls.
-LOW_GRIP, HIGH_GRIP = (0.033, 0.048), (0.041, 0.050)
+# Where the hand closes: height above the bowl's origin and distance from its axis, m. Low holds best; high keeps the
+# palm over drawer walls; the inner one is inside the rim, where a wall leaves the outer finger no room beyond it:
+# the hand moves out to the rim as the fingers close.
+LOW_GRIP, HIGH_GRIP, INNER_GRIP = (0.033, 0.048), (0.041, 0.050), (0.037, 0.035)
+_RIM, _WIDE = 0.048, 0.08
 _DIRECTIONS = 24
-# Heights above the grasp at which the open hand comes past.
-_SWEEP = (0.0, 0.03, 0.07)
+# How far above the grasp the open hand comes straight down, m.
+_SWEEP = 0.07
 # The hand in its own axes, as boxes (lowest corner, highest corner), measured on the Panda's meshes: all that the
 # finger tips sweep as they close (only the bowl's rim may be there), each open finger above that, the palm.
 _HAND = (
@@ -21,6 +24,7 @@ _HAND = (
     ((-0.065, -0.010, -0.044), (-0.045, 0.010, -0.020)),
     ((-0.102, -0.032, -0.100), (0.102, 0.032, -0.031)),
 )
+_HAND_CORNERS = np.array(_HAND)
 # At the robot's home pose: the fingers move along the world's y axis and point down.
 _HOME = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 # The arm's shoulder, how the wrist sits over the finger tips of a hand that points down, and how far the wrist may be
@@ -31,6 +35,8 @@ _REACH_EASY, _REACH_MOST = 0.655, 0.685
 _WANTED = 0.012
 _NEEDED = 0.008
 _CROWDED = 0.008
+# A hand is at a grasp within this distance (m) and turn (rad), its fingers at least this far (m) apart.
+_AT, _AT_TURN, _AROUND = 0.010, 0.15, 0.03
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,11 @@ class Grasp:
     clearance: float
 
     def position(self, snapshot: Snapshot) -> np.ndarray:
-        """Where the hand has to be, (3,) m, for the bowl where it is now."""
-        return rim_points(snapshot, np.array([self.direction]), self.grip)[0]
+        """Where the hand has to be, (3,) m, for the bowl and the fingers as they are now."""
+        height, radius = self.grip
+        closed = float(np.clip(1.0 - snapshot.gap / _WIDE, 0.0, 1.0))
+        radius += closed * max(_RIM - radius, 0.0)
+        return rim_points(snapshot, np.array([self.direction]), (height, radius))[0]
 
     @property
     def rotation(self) -> np.ndarray:
@@ -95,25 +104,35 @@ def choose_grasp(snapshot: Snapshot, refused: tuple[float, ...] = ()) -> Grasp:
         snapshot: the scene.
         refused: directions that were tried in vain, taken only when nothing else is any good.
     """
-    cost, grasp = _best(snapshot, LOW_GRIP, refused)
-    if grasp.clearance < _CROWDED:
-        high_cost, high = _best(snapshot, HIGH_GRIP, refused)
-        if high_cost + 0.004 < cost:
-            return high
-    return grasp
+    return _cheapest(snapshot, refused, at_hand=False)[1]
 
 
 def grasp_at_hand(snapshot: Snapshot) -> Grasp | None:
-    """The grasp that the hand is already at, if its open fingers are around the rim now."""
-    offset = snapshot.hand - snapshot.bowl
-    direction = np.arctan2(offset[1], offset[0])
-    grasps = [Grasp(float(direction), float(_yaws(direction)), grip, 0.0) for grip in (LOW_GRIP, HIGH_GRIP)]
-    for grasp in grasps:
-        away = np.linalg.norm(grasp.position(snapshot) - snapshot.hand)
-        turned = np.linalg.norm(rotation_error(grasp.rotation, snapshot.hand_rotation))
-        if away < 0.010 and turned < 0.15 and snapshot.gap > 0.03:
-            return grasp
-    return None
+    """The grasp that the hand is already at, if its open fingers are around the rim now.
+
+    It is one of those that `choose_grasp` chooses from, by the same rule, so that who meets a hand at its grasp and
+    who brought it there mean the same.
+    """
+    if snapshot.gap <= _AROUND:
+        return None
+    cost, grasp = _cheapest(snapshot, (), at_hand=True)
+    return grasp if np.isfinite(cost) else None
+
+
+def _cheapest(snapshot: Snapshot, refused: tuple[float, ...], at_hand: bool) -> tuple[float, Grasp]:
+    """The cheapest grasp and its cost, inf if none will do: the low grip unless that is crowded."""
+    cost, grasp = _best(snapshot, LOW_GRIP, refused, at_hand)
+    if np.isfinite(cost) and grasp.clearance >= _CROWDED:
+        return cost, grasp
+    others = [_best(snapshot, grip, refused, at_hand) for grip in (HIGH_GRIP, INNER_GRIP)]
+    options = [(cost, grasp), *((other + 0.004, taken) for other, taken in others)]
+    return min(options, key=lambda option: option[0])
+
+
+def room(snapshot: Snapshot) -> float:
+    """How far (m) from everything but the bowl and the table the hand would be if it opened where it is now."""
+    hand = _open_hands(snapshot.hand[None], np.array([hand_yaw(snapshot.hand_rotation)]), 0.0)
+    return float(snapshot.obstacles.near(snapshot.hand, 0.2).gap(hand).min())
 
 
 def _yaws(directions: np.ndarray) -> np.ndarray:
@@ -121,8 +140,10 @@ def _yaws(directions: np.ndarray) -> np.ndarray:
     return np.asarray((directions + 1e-9) % np.pi - np.pi / 2)
 
 
-def _best(snapshot: Snapshot, grip: tuple[float, float], refused: tuple[float, ...]) -> tuple[float, Grasp]:
-    """The cheapest direction at one grip, with its cost in metres of clearance."""
+def _best(
+    snapshot: Snapshot, grip: tuple[float, float], refused: tuple[float, ...], at_hand: bool
+) -> tuple[float, Grasp]:
+    """The cheapest direction at one grip, with its cost in metres of clearance; of those at the hand only, if asked."""
     directions = np.arange(_DIRECTIONS) * (2 * np.pi / _DIRECTIONS) - np.pi
     yaws = _yaws(directions)
     hands = rim_points(snapshot, directions, grip)
@@ -132,18 +153,35 @@ def _best(snapshot: Snapshot, grip: tuple[float, float], refused: tuple[float, .
     cost += 0.5 * np.maximum(reach - _REACH_EASY, 0.0) + 3.0 * np.maximum(reach - _REACH_MOST, 0.0)
     for direction in refused:
         cost += 0.02 * (np.abs(np.angle(np.exp(1j * (directions - direction)))) < 0.3)
+    rows = zip(directions.tolist(), yaws.tolist(), clearance.tolist(), strict=True)
+    grasps = [Grasp(direction, yaw, grip, room) for direction, yaw, room in rows]
+    if at_hand:
+        cost = np.where([_is_at(snapshot, grasp) for grasp in grasps], cost, np.inf)
     best = int(np.argmin(cost))
-    return float(cost[best]), Grasp(float(directions[best]), float(yaws[best]), grip, float(clearance[best]))
+    return float(cost[best]), grasps[best]
+
+
+def _is_at(snapshot: Snapshot, grasp: Grasp) -> bool:
+    away = np.linalg.norm(grasp.position(snapshot) - snapshot.hand)
+    return bool(away < _AT and np.linalg.norm(rotation_error(grasp.rotation, snapshot.hand_rotation)) < _AT_TURN)
 
 
 def _clearances(snapshot: Snapshot, hands: np.ndarray, yaws: np.ndarray) -> np.ndarray:
-    """The least distance (C,) of hands at (C, 3) to anything else, over the way down to the bowl and at the goal."""
-    points = hands[:, None] + np.stack([_HAND_POINTS @ hand_rotation(yaw).T for yaw in yaws])
-    sweep = points[:, None] + np.array(_SWEEP)[:, None, None] * np.array([0.0, 0.0, 1.0])
-    there = points + (snapshot.goal - snapshot.bowl)
+    """The least gap (C,) m between hands at (C, 3) and anything else, over the way down to the bowl and at the goal."""
     near = snapshot.obstacles.near
-    taken = near(snapshot.bowl, 0.2).distance(sweep).min(axis=(1, 2))
-    return np.minimum(taken, near(snapshot.goal, 0.2).distance(there).min(axis=1))
+    taken = near(snapshot.bowl, 0.2).gap(_open_hands(hands, yaws, _SWEEP))
+    there = near(snapshot.goal, 0.2).gap(_open_hands(hands + (snapshot.goal - snapshot.bowl), yaws, 0.0))
+    return np.asarray(np.minimum(taken, there).reshape(len(hands), -1).min(axis=1))
+
+
+def _open_hands(hands: np.ndarray, yaws: np.ndarray, above: float) -> Boxes:
+    """The boxes, hand by hand, that open hands at (C, 3) fill, or all that they pass when coming from `above` (m)."""
+    low, high = _HAND_CORNERS[:, 0].copy(), _HAND_CORNERS[:, 1]
+    low[:, 2] -= above
+    rotations = np.stack([hand_rotation(yaw) for yaw in yaws])
+    centres = hands[:, None] + np.einsum("cij,bj->cbi", rotations, (low + high) / 2)
+    half = np.broadcast_to((high - low) / 2, centres.shape)
+    return Boxes(centres.reshape(-1, 3), np.repeat(rotations, len(low), axis=0), half.reshape(-1, 3))
 
 
 def _reach(snapshot: Snapshot, hands: np.ndarray) -> np.ndarray:
@@ -151,13 +189,3 @@ def _reach(snapshot: Snapshot, hands: np.ndarray) -> np.ndarray:
     away = np.stack([hands, hands + (snapshot.goal - snapshot.bowl)]) - _SHOULDER
     level = np.linalg.norm(away[..., :2], axis=-1) - _WRIST_BACK
     return np.asarray(np.hypot(level, away[..., 2] + _WRIST_UP).max(axis=0))
-
-
-def _sample(box: tuple[tuple[float, float, float], tuple[float, float, float]]) -> np.ndarray:
-    """Points (P, 3) over a box, at most 3.5 cm apart along its long sides."""
-    low, high = np.array(box)
-    steps = [np.linspace(0.0, 1.0, max(3, int(np.ceil(side / 0.035)) + 1)) for side in high - low]
-    return low + np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3) * (high - low)
-
-
-_HAND_POINTS = np.concatenate([_sample(box) for box in _HAND])

@@ -31,13 +31,22 @@ class Boxes:
         keep = np.linalg.norm(self.centre - point, axis=1) < reach
         return Boxes(self.centre[keep], self.rotation[keep], self.half[keep])
 
-    def distance(self, points: np.ndarray) -> np.ndarray:
-        """Distance (m) of points (..., 3) to the nearest box; negative inside one, inf where there is none."""
+    def gap(self, other: Boxes) -> np.ndarray:
+        """How far apart (M,) m each of M `other` boxes is from the nearest of these; inf where there is none.
+
+        Measured along the boxes' own axes, which never says more than the true distance. Negative: how far one must
+        move to come free, so that a thin wall in the middle of a box counts as deep and not as its own thickness.
+        """
         if not len(self.half):
-            return np.full(points.shape[:-1], np.inf)
-        local = np.abs(np.einsum("...ni,nij->...nj", points[..., None, :] - self.centre, self.rotation)) - self.half
-        outside = np.linalg.norm(np.maximum(local, 0.0), axis=-1)
-        return np.min(outside + np.minimum(local.max(axis=-1), 0.0), axis=-1)
+            return np.full(len(other.half), np.inf)
+        between = self.centre[None] - other.centre[:, None]
+        turned = np.abs(np.einsum("mki,nkj->mnij", other.rotation, self.rotation))
+        along_other = np.abs(np.einsum("mnk,mki->mni", between, other.rotation)) - other.half[:, None]
+        along_other -= np.einsum("mnij,nj->mni", turned, self.half)
+        along_self = np.abs(np.einsum("mnk,nkj->mnj", between, self.rotation)) - self.half[None]
+        along_self -= np.einsum("mnij,mi->mnj", turned, other.half)
+        apart = np.maximum(along_other.max(axis=-1), along_self.max(axis=-1))
+        return np.asarray(apart.min(axis=1))
 
     def tops(self) -> np.ndarray:
         """Height (N,) of each box's highest point, m."""
@@ -53,14 +62,15 @@ class Boxes:
 class Snapshot:
     """A scene now; positions (3,) m, rotations (3, 3).
 
-    `hand` is the point between the finger tips; its rotation's x axis runs from finger to finger, its z axis out of the
-    hand. `gap` (m) is how far the fingers are apart, 0 to 0.08; `closing` is how far they were told to close, 0 to 1.
-    `pinched`: both fingers touch the bowl. `placed`: the bowl touches the goal. `obstacles`: everything but the robot,
-    the table and the bowl.
+    `hand` is the point between the finger tips, its velocity in m/s; its rotation's x axis runs from finger to finger,
+    its z axis out of the hand. `gap` (m) is how far the fingers are apart, 0 to 0.08; `closing` is how far they were
+    told to close, 0 to 1. `pinched`: both fingers touch the bowl. `placed`: the bowl touches the goal. `obstacles`:
+    everything but the robot, the table and the bowl.
     """
 
     hand: np.ndarray
     hand_rotation: np.ndarray
+    hand_velocity: np.ndarray
     gap: float
     closing: float
     bowl: np.ndarray
@@ -105,6 +115,7 @@ class Scene:
         return Snapshot(
             hand=data.site_xpos[self._hand].copy(),
             hand_rotation=data.site_xmat[self._hand].reshape(3, 3).copy(),
+            hand_velocity=self._env.raw.sim.data.get_site_xvelp(_HAND_SITE).copy(),
             gap=float(np.abs(fingers).sum()),
             closing=float(1.0 - np.abs(data.ctrl[self._actuators]).mean() / _FINGER_TRAVEL),
             bowl=data.xpos[self._target].copy(),
