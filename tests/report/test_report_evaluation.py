@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from turbopi.report import write_eval_report
-from turbopi.report.charts import Cell, RateRow, episode_grid, histogram, rate_chart
+from turbopi.report.charts import Episode, RateRow, episode_grid, histogram, length_chart, rate_chart
 from turbopi.report.page import flat_rows
+from turbopi.report.svg import ticks
+from turbopi.report.traces import line_chart, stacked_bars
 
 VOID = {"meta", "img", "br"}
 
@@ -115,10 +117,11 @@ def test_a_whole_report(tmp_path: Path) -> None:
     assert "succeeds in 66.7 % of 3 episodes &amp; more" in html
     assert "pick &lt;it&gt; up" in html
     assert "66.7 %" in html
-    assert 'href="media/a.mp4"' in html
+    assert html.count('href="media/a.mp4"') == 4  # below its strip, its square, its spot, its dot
     assert html.count("died &lt;twice&gt;") == 1
-    assert html.count('fill="var(--none)"') == 1
-    assert html.count('fill="var(--good)"') == 2
+    assert html.count('fill="var(--none)"') == 2  # in the grid, and among the lengths
+    assert html.count('fill="var(--good)"') == 2 * 2
+    assert html.count('fill="var(--bad)"') == 2
     assert "http" not in html
     assert "/ck · eager" in html
 
@@ -149,10 +152,41 @@ def test_charts_survive_odd_values() -> None:
         histogram([1.0, 2.0, 500.0], "ms", {"p50": 2.0, "p99": 3.0}),
         rate_chart([RateRow("x" * 80, 1.0, (0.9, 1.0), "1/1"), RateRow("none", None, None, "0/0")]),
         episode_grid([]),
-        episode_grid([("task 0", [Cell("good", "a & b")] * 200)]),
+        episode_grid([("task 0", [Episode(i, 80, "good", "a & b", "a&b.mp4") for i in range(200)])]),
+        length_chart([]),
+        length_chart([("task 0", [Episode(0, 0, "none", "a & b")])]),
+        stacked_bars({"one": [], "two": []}, "ms"),
+        stacked_bars({"one": [0.0], "two": [0.0]}, "ms"),
+        line_chart({}),
+        line_chart({"x": [0.5]}, marks=[0]),
+        line_chart({"x": [0.5, -0.5, 0.0], "y": [1e-9, 2e-9, 3e-9]}, marks=[0, 1]),
     ):
         checked(svg)
         assert "nan" not in svg
+
+
+def test_labels_leave_out_what_all_prompts_share(tmp_path: Path) -> None:
+    prompts = ["put the red bowl on the plate", "put the blue bowl on the plate", ""]
+    tasks = [{"suite": "s", "task": i, "prompt": prompt, **success(1, 2)} for i, prompt in enumerate(prompts)]
+    html = write(tmp_path / "shared", [], tasks=tasks).read_text()
+    assert "every prompt reads “put the … bowl on the plate”" in html
+    assert ">1  blue<" in html
+    assert ">2  <" in html
+    tasks[1]["prompt"] = "put the red bowl on the plate"
+    assert ">1  put the red bowl on the plate<" in write(tmp_path / "same", [], tasks=tasks).read_text()
+
+
+def test_columns_are_initial_states() -> None:
+    svg = episode_grid([("task 0", [Episode(4, 80, "good", "")])])
+    assert f'x="{64 + 4 * 24:.1f}"' in svg
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 100, [0, 20, 40, 60, 80, 100]), (-0.33, 0.12, [-0.3, -0.2, -0.1, 0, 0.1]), (5, 5, [5])],
+)
+def test_axes_get_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 def test_nested_values_become_rows() -> None:

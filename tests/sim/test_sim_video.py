@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from turbopi.sim.video import VideoRecorder
+from turbopi.sim.video import VideoRecorder, film_strip
 
 
 def frame(i: int, size: int = 33) -> np.ndarray:
@@ -59,3 +59,19 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"turbo-pi\[sim\]"):
         VideoRecorder(tmp_path / "x")
+
+
+def test_a_strip_of_stills(tmp_path: Path) -> None:
+    stills = []
+    for i in range(3):
+        stills.append(tmp_path / f"{i}.jpg")
+        picture = np.concatenate([np.full((64, 64, 3), 60 * i, np.uint8), np.full((64, 64, 3), 200, np.uint8)], axis=1)
+        Image.fromarray(picture).save(stills[-1])
+    film_strip(stills, tmp_path / "strip.png", side=32)
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == (3 * 35 - 3, 67)
+        pixels = np.asarray(strip.convert("RGB")).astype(int)
+    assert [int(pixels[16, 16 + 35 * i, 0]) for i in range(3)] == pytest.approx([0, 60, 120], abs=3)
+    assert pixels[50, 16, 0] == pytest.approx(200, abs=3)
+    with pytest.raises(ValueError, match="at least one still"):
+        film_strip([], tmp_path / "empty.png")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-TIMINGS = ("transforms_ms", "encode_images_ms", "prefill_ms", "denoise_ms", "infer_ms")
+TIMINGS = ("transforms_ms", "model_ms", "encode_images_ms", "prefill_ms", "denoise_ms", "infer_ms")
 
 
 def action_table(actions: np.ndarray, title: str = "actions") -> Table:
@@ -18,10 +18,16 @@ def action_table(actions: np.ndarray, title: str = "actions") -> Table:
     return table
 
 
-def timing_table(timings: Sequence[Mapping[str, float]], title: str = "milliseconds per stage") -> Table:
-    """Median, p99 and largest of each stage over several calls' `policy_timing`."""
+def timing_table(
+    timings: Sequence[Mapping[str, float]], title: str = "milliseconds per stage", names: Sequence[str] = TIMINGS
+) -> Table:
+    """Median, p99 and largest of each stage over several calls' `policy_timing`, or of other `names` measured so.
+
+    What an engine does not tell apart has no row.
+    """
     table = Table("stage", "median", "p99", "max", title=title)
-    for name in TIMINGS:
+    told = [name for name in names if all(name in timing for timing in timings)]
+    for name in told:
         values = np.array([timing[name] for timing in timings])
         cells = (np.median(values), np.percentile(values, 99), values.max())
         table.add_row(name.removesuffix("_ms"), *(f"{value:.1f}" for value in cells))

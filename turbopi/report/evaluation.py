@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .charts import Cell, RateRow, episode_grid, histogram, rate_chart
-from .page import flat_rows, heading, page, picture, table, tiles
+from .charts import Episode, RateRow, episode_grid, histogram, length_chart, rate_chart
+from .page import film_strip, flat_rows, heading, legend, page, table, tiles
 
 REPORT_FILE = "report.html"
-STRIP_FRAMES = 8
+_KINDS = {"reached the goal": "good", "did not": "bad", "ended in an error": "none"}
 
 
 def write_eval_report(directory: Path) -> Path:
@@ -41,27 +41,29 @@ def _parts(
     yield f'<p class="soft">{escape(_policy_line(config))}</p>'
     yield f'<p class="verdict">{escape(summary["verdict"])}</p>'
     yield tiles(_tiles(summary))
-    yield heading("Success per task", f"whiskers: {100 * summary['confidence']:.0f} % Wilson interval")
-    yield rate_chart(_rate_rows(summary))
-    yield heading("Every episode", "a column per initial state; green reached the goal, grey ended in an error")
-    yield episode_grid(_grid(episodes))
+    prompts = {task["task"]: task["prompt"] for task in summary["tasks"]}
+    frame, labels = _labels(prompts)
+    yield heading("Success per task", f"whiskers: {100 * summary['confidence']:.0f} % Wilson interval{frame}")
+    yield rate_chart(_rate_rows(summary, labels))
+    rows = _episode_rows(episodes)
+    yield heading("Every episode", "a column per initial state; a spot marks a film, a click opens it")
+    yield legend({name: f"var(--{kind})" for name, kind in _KINDS.items()})
+    yield episode_grid([(f"task {task}", row) for task, row in rows.items()])
+    if any(e["steps"] for e in episodes):
+        yield heading("Episode lengths", "actions carried out, 20 a second; a dot per episode")
+        yield length_chart([(labels.get(task, str(task)), row) for task, row in rows.items()])
     times = [ms for e in episodes for ms in e["infer_ms"]]
     if times:
         latency = summary["latency"]
         marks = {name: latency[f"{name}_ms"] for name in ("p50", "p95", "p99")}
-        yield heading(
-            "Inference latency", f"{len(times)} inferences, as the workers saw them, side by side on one machine"
-        )
+        note = f"{len(times)} inferences, as the workers saw them, side by side on one machine"
+        yield heading("Inference latency", note)
         yield histogram(times, "ms", marks)
-    steps = [float(e["steps"]) for e in episodes if e["success"]]
-    if steps:
-        yield heading("Steps to success", "at 20 steps a second")
-        yield histogram(steps, "steps", {}, bins=24)
     yield from _strips(directory, episodes)
     if summary["errors"]:
         yield heading("Errors", "episodes without an outcome; they count neither as success nor as failure")
-        rows = [(str(e["task"]), str(e["initial_state"]), e["error"]) for e in summary["errors"]]
-        yield table(("task", "initial state", "error"), rows)
+        cells = [(str(e["task"]), str(e["initial_state"]), e["error"]) for e in summary["errors"]]
+        yield table(("task", "initial state", "error"), cells)
     yield heading("Configuration")
     known = {key: config[key] for key in ("config", "policy") if key in config}
     yield table(("field", "value"), flat_rows(known))
@@ -81,29 +83,49 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if latency is not None:
         shown.append((f"{latency['p50_ms']:.1f} ms", "inference, median"))
         shown.append((f"{latency['p95_ms']:.1f} / {latency['p99_ms']:.1f} ms", "inference, p95 / p99"))
-        shown.append((f"{control['effective_hz']:.1f} Hz", "control rate, of 20, waiting for inference"))
+        shown.append((f"{control['effective_hz']:.1f} Hz", "control of 20, waiting included"))
     if summary["errors"]:
         shown.append((str(len(summary["errors"])), "episodes ended in an error"))
     return shown
 
 
-def _rate_rows(summary: dict[str, Any]) -> list[RateRow]:
-    labelled = [(f"{task['task']}  {task['prompt']}", task) for task in summary["tasks"]]
+def _labels(prompts: dict[int, str]) -> tuple[str, dict[int, str]]:
+    """A line that says what all prompts share, and for every task its number with the words that are its own."""
+    split = {task: prompt.split() for task, prompt in prompts.items()}
+    shared = [w for w in split.values() if w]
+    start = _common(shared)
+    end = _common([words[start:][::-1] for words in shared])
+    if len(shared) < 2 or not (start or end) or any(len(words) <= start + end for words in shared):
+        return "", {task: f"{task}  {prompt}" for task, prompt in prompts.items()}
+    first = shared[0]
+    frame = " ".join([*first[:start], "…", *first[len(first) - end :]])
+    own = {task: " ".join(words[start : len(words) - end]) for task, words in split.items()}
+    return f"; every prompt reads “{frame}”", {task: f"{task}  {words}" for task, words in own.items()}
+
+
+def _common(lists: Sequence[Sequence[str]]) -> int:
+    """How many words all of the lists begin with."""
+    differing = (i for i, words in enumerate(zip(*lists, strict=False)) if len(set(words)) > 1)
+    return next(differing, min(map(len, lists), default=0))
+
+
+def _rate_rows(summary: dict[str, Any], labels: dict[int, str]) -> list[RateRow]:
+    labelled = [(labels[task["task"]], task) for task in summary["tasks"]]
     return [
         RateRow(label, s["rate"], s["interval"] and tuple(s["interval"]), f"{s['successes']}/{s['episodes']}")
         for label, s in [*labelled, ("all", summary["total"])]
     ]
 
 
-def _grid(episodes: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cell]]]:
-    rows: dict[int, list[Cell]] = {}
-    for episode in episodes:
-        outcome = "error" if episode["error"] else "success" if episode["success"] else "failure"
-        title = f"task {episode['task']}, state {episode['initial_state']}: {outcome}, {episode['steps']} steps"
-        title += f" ({episode['note']})" if episode["note"] else ""
-        kind = {"error": "none", "success": "good", "failure": "bad"}[outcome]
-        rows.setdefault(episode["task"], []).append(Cell(kind, title))
-    return [(f"task {task}", cells) for task, cells in sorted(rows.items())]
+def _episode_rows(episodes: Sequence[dict[str, Any]]) -> dict[int, list[Episode]]:
+    rows: dict[int, list[Episode]] = {}
+    for e in episodes:
+        outcome = "ended in an error" if e["error"] else "reached the goal" if e["success"] else "did not"
+        title = f"task {e['task']}, initial state {e['initial_state']}: {outcome}, {e['steps']} steps"
+        title += f" ({e['note']})" if e["note"] else ""
+        entry = Episode(e["initial_state"], e["steps"], _KINDS[outcome], title, e["media"].get("video"))
+        rows.setdefault(e["task"], []).append(entry)
+    return dict(sorted(rows.items()))
 
 
 def _strips(directory: Path, episodes: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -111,15 +133,11 @@ def _strips(directory: Path, episodes: Sequence[dict[str, Any]]) -> Iterator[str
     if filmed:
         yield heading("Film strips", "evenly spread over the episode, first frame to last")
     for episode in filmed:
-        frames, last = episode["media"]["frames"], len(episode["media"]["frames"]) - 1
-        count = min(STRIP_FRAMES, len(frames))
-        chosen = [frames[round(i * last / max(count - 1, 1))] for i in range(count)]
-        pictures = "".join(picture(directory / name, Path(name).stem) for name in chosen)
         kind, word = ("ok", "success") if episode["success"] else ("bad", "failure")
         video = episode["media"].get("video")
         link = f' · <a href="{escape(video)}">video</a>' if video else ""
         yield (
             f'<div class="strip"><p>task {episode["task"]}, initial state {episode["initial_state"]}: '
             f'<span class="{kind}">{word}</span> after {episode["steps"]} steps · {escape(episode["prompt"])}{link}</p>'
-            f"<div>{pictures}</div></div>"
+            f"{film_strip(directory, episode['media']['frames'])}</div>"
         )

@@ -1,8 +1,9 @@
-"""Films of episodes: an mp4 of both cameras side by side, and a few stills for a film strip."""
+"""Films of episodes: an mp4 of both cameras side by side, a few stills, and a strip of them."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,3 +97,27 @@ class VideoRecorder:
         path = self._stem.with_name(f"{self._stem.name}_{number:04d}.jpg")
         Image.fromarray(picture).save(path, quality=85)
         return path
+
+
+def film_strip(stills: Sequence[Path], path: Path, *, side: int = 144) -> None:
+    """Write one PNG of 256 colours from a film's stills: the agent views in a row, the wrist views below them.
+
+    Args:
+        stills: pictures of both cameras side by side, as `VideoRecorder.frames` are.
+        path: the PNG.
+        side: of a frame in it, in pixels.
+
+    Raises:
+        ValueError: no stills.
+    """
+    if not stills:
+        raise ValueError("a film strip needs at least one still; close the recorder before its frames are read")
+    gap = 3
+    step = side + gap
+    strip = Image.new("RGB", (step * len(stills) - gap, 2 * side + gap), "white")
+    for column, still in enumerate(stills):
+        with Image.open(still) as picture:
+            views = picture.resize((2 * side, side), Image.Resampling.LANCZOS)
+        for row in (0, 1):
+            strip.paste(views.crop((row * side, 0, (row + 1) * side, side)), (column * step, row * step))
+    strip.quantize(256).save(path, optimize=True)
