@@ -27,6 +27,7 @@ class FakeEnv:
     def __init__(self, suite: str, task: int, step_s: float) -> None:
         self.task = SimpleNamespace(suite=suite, index=task, name=f"t{task}", prompt=f"do {task}", step_limit=8)
         self.step_s = step_s
+        self.asked: bool | None = None
 
     def reset(self, initial_state: int | None = None, *, seed: int | None = None, idle_steps: int = 10) -> None:
         self.initial_state = initial_state or 0

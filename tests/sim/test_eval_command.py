@@ -25,7 +25,7 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulations, "LiberoScenes", lambda camera_px: eval_fakes.FakeScenes())
+    monkeypatch.setattr(simulations, "LiberoScenes", lambda camera_px, prompts: eval_fakes.FakeScenes())
     monkeypatch.setattr(command, "_source", lambda policy, remote: eval_fakes.FakeSource())
 
 

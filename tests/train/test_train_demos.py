@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from turbopi.train.demos import GOAL, OTHER, TARGET, DemoConfig, kept_per_task, other_prompts, region_of
+from turbopi.sim.other_bowl import GOAL, OTHER, TARGET, other_prompts, region_of
+from turbopi.train.demos import DemoConfig, kept_per_task
 
 BDDL = """(define (problem x)
   (:init

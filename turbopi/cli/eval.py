@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -24,18 +24,40 @@ _NO_POLICY = PolicyOptions(NO_CHECKPOINT)
 INTERRUPTED = 130
 
 
+@dataclasses.dataclass(frozen=True)
+class EpisodeOptions:
+    """Which episodes to play.
+
+    Attributes:
+        suite: libero_spatial, libero_object, libero_goal or libero_10.
+        tasks: indices in the suite, such as 0-9 or 0,3,5-7.
+        trials: episodes per task, from the official initial states 0 to trials - 1.
+        replan: actions executed before the next inference.
+        prompts: own, or other-bowl: ask for the scene's other bowl (libero_spatial), to see whether language matters;
+            success stays that of the task's own goal.
+        videos: how many episodes to film, or which, as task:state,task:state.
+        camera_px: side of the frames that the simulator draws.
+    """
+
+    suite: str = "libero_spatial"
+    tasks: str = "0-9"
+    trials: int = 20
+    replan: int = 5
+    prompts: Literal["own", "other-bowl"] = "own"
+    videos: str = "0"
+    camera_px: int = 256
+
+
+_ALL_EPISODES = EpisodeOptions()
+
+
 def eval_(
     out: Path,
     policy: Annotated[PolicyOptions, tyro.conf.arg(name="")] = _NO_POLICY,
+    episodes: Annotated[EpisodeOptions, tyro.conf.arg(name="")] = _ALL_EPISODES,
     remote: str | None = None,
-    suite: str = "libero_spatial",
-    tasks: str = "0-9",
-    trials: int = 20,
-    replan: int = 5,
     workers: int | None = None,
     threads: int = 1,
-    videos: str = "0",
-    camera_px: int = 256,
     minimum: int = 50,
     episode_timeout_s: float = 1800.0,
 ) -> int:
@@ -47,15 +69,10 @@ def eval_(
     Args:
         out: directory of the run.
         policy: which policy, and how to run it. The noise of an episode depends on --seed, suite, task and state alone.
+        episodes: which episodes.
         remote: host:port or ws://host:port of a policy server, to be driven instead of a checkpoint.
-        suite: libero_spatial, libero_object, libero_goal or libero_10.
-        tasks: indices in the suite, such as 0-9 or 0,3,5-7.
-        trials: episodes per task, from the official initial states 0 to trials - 1.
-        replan: actions executed before the next inference.
         workers: processes, 1 to 2 GB each. Default: one per core.
         threads: of torch on the CPU in each worker.
-        videos: how many episodes to film, or which, as task:state,task:state.
-        camera_px: side of the frames that the simulator draws.
         minimum: episodes below which no verdict is given.
         episode_timeout_s: seconds after which a worker that says nothing is replaced.
     """
@@ -63,19 +80,19 @@ def eval_(
     from ..sim.evaluate import EvalConfig, evaluate
     from ..sim.simulations import LiberoScenes
 
-    indices = parse_tasks(tasks)
+    indices = parse_tasks(episodes.tasks)
     config = EvalConfig(
         out=out,
         source=_source(policy, remote),
-        scenes=LiberoScenes(camera_px=camera_px),
-        suite=suite,
+        scenes=LiberoScenes(camera_px=episodes.camera_px, prompts=episodes.prompts),
+        suite=episodes.suite,
         tasks=indices,
-        trials=trials,
+        trials=episodes.trials,
         seed=policy.seed,
-        replan=replan,
+        replan=episodes.replan,
         threads=threads,
         workers=workers or os.cpu_count() or 1,
-        film=parse_videos(videos, indices, trials),
+        film=parse_videos(episodes.videos, indices, episodes.trials),
         minimum=minimum,
         episode_timeout_s=episode_timeout_s,
     )
@@ -145,6 +162,9 @@ def _closing_lines(summary: dict[str, Any]) -> list[str]:
     for error in summary["errors"]:
         place = f"{error['suite']} task {error['task']}, initial state {error['initial_state']}"
         lines.append(f"error: {place}: {error['error']}")
+    total = summary["total"]
+    if total["asked"] is not None:
+        lines.append(f"prompts asked for something else: done in {total['asked']} of {total['episodes']} episodes")
     return [*lines, summary["verdict"]]
 
 

@@ -40,6 +40,7 @@ class EpisodeRecord:
         attempts: times the episode was begun; more than 1 where a worker died.
         wall_s: seconds of the last attempt, simulation included.
         media: paths of the video and of frames, relative to the run's directory; {} if none was asked for.
+        asked: where the prompt asks for something else than the task's own goal, whether that was reached; else None.
     """
 
     suite: str
@@ -56,6 +57,7 @@ class EpisodeRecord:
     attempts: int
     wall_s: float
     media: dict[str, Any]
+    asked: bool | None = None
 
     @property
     def key(self) -> EpisodeKey:
@@ -64,6 +66,7 @@ class EpisodeRecord:
 
 
 _FIELDS = {field.name for field in fields(EpisodeRecord)}
+_NEEDED = _FIELDS - {"asked"}  # lines that were written before there was such a field are whole
 
 
 def read_records(directory: Path) -> list[EpisodeRecord]:
@@ -92,8 +95,8 @@ def read_records(directory: Path) -> list[EpisodeRecord]:
 def _parse(line: bytes, path: Path, number: int) -> EpisodeRecord:
     try:
         values = json.loads(line)
-        if not isinstance(values, dict) or values.keys() != _FIELDS:
-            raise ValueError(f"expected a map with {', '.join(sorted(_FIELDS))}")
+        if not isinstance(values, dict) or not _NEEDED <= values.keys() <= _FIELDS:
+            raise ValueError(f"expected a map with {', '.join(sorted(_NEEDED))}")
         return EpisodeRecord(**values)
     except ValueError as error:
         raise ValueError(

@@ -113,6 +113,8 @@ class LiberoEnv:
     `step` never draws. What is observed is a function of the simulator's present positions alone, so looking, or not
     looking, changes nothing that happens later, and a stored state gives its frames back. robosuite's own observations
     are up to two of its substeps (4 ms, about 1 mm) older.
+
+    `asked` is None: the prompt asks for the task's own goal; see `turbopi.sim.other_bowl`.
     """
 
     def __init__(self, task: Task, *, camera_px: int = 256, cameras: bool = True) -> None:
@@ -132,6 +134,7 @@ class LiberoEnv:
         self.task = task
         self.camera_px = camera_px
         self.cameras = cameras
+        self.asked: bool | None = None
         self.steps = 0
         self._success = False
         self._ready = False
@@ -267,6 +270,11 @@ class LiberoEnv:
     def success(self) -> bool:
         """Whether the goal held after the last step."""
         return self._success
+
+    def holds(self, predicate: str, thing: str, place: str) -> bool:
+        """Whether one of LIBERO's predicates holds now, such as `holds("on", "akita_black_bowl_1", "plate_1")`."""
+        self._check_ready()
+        return bool(self.raw.env._eval_predicate([predicate, thing, place]))
 
     def poses(self) -> dict[str, Pose]:
         """Where everything is, which no policy may know.

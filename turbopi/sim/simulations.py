@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from .gl import choose_gl
 from .libero import LiberoEnv, initial_states, load_task
+from .other_bowl import OtherBowlEnv, PromptMode, other_prompt
 
 # What changes pictures or physics.
 PACKAGES = ("mujoco", "robosuite", "numpy")
@@ -19,9 +20,11 @@ class LiberoScenes:
 
     Attributes:
         camera_px: side of the frames that are drawn; openpi draws 256 and sends 224.
+        prompts: what the policy is told. Success is always that of the task's own goal.
     """
 
     camera_px: int = 256
+    prompts: PromptMode = "own"
 
     def prepare(self, suite: str, tasks: tuple[int, ...], trials: int) -> dict[str, Any]:
         """Check that tasks and initial states exist and that something can draw.
@@ -30,17 +33,23 @@ class LiberoScenes:
             What decides the outcome of an episode, as JSON values.
 
         Raises:
-            ValueError: unknown suite or task, or more trials than initial states.
+            ValueError: unknown suite or task, more trials than initial states, or no other bowl to ask for.
             ImportError, RendererError: packages or OpenGL are missing.
         """
         renderer = choose_gl()
         for index in tasks:
-            known = len(initial_states(load_task(suite, index)))
+            task = load_task(suite, index)
+            if self.prompts == "other-bowl":
+                other_prompt(task)
+            known = len(initial_states(task))
             if trials > known:
                 raise ValueError(f"{suite} task {index} has {known} initial states, fewer than {trials} trials")
         versions = {name: metadata.version(name) for name in PACKAGES}
-        return {"renderer": renderer, "camera_px": self.camera_px, **versions}
+        return {"renderer": renderer, "camera_px": self.camera_px, "prompts": self.prompts, **versions}
 
     def open(self, suite: str, task: int) -> LiberoEnv:
         """A simulation of one task."""
-        return LiberoEnv(load_task(suite, task), camera_px=self.camera_px)
+        described = load_task(suite, task)
+        if self.prompts == "own":
+            return LiberoEnv(described, camera_px=self.camera_px)
+        return OtherBowlEnv(replace(described, prompt=other_prompt(described)), camera_px=self.camera_px)

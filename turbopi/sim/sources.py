@@ -74,23 +74,31 @@ class CheckpointSource:
         options = {k: str(v) if isinstance(v, Path) else v for k, v in self.options.items()}
         return {"checkpoint": str(self.path.resolve()), "fingerprint": fingerprint(self.path), **options}
 
-    def open(self) -> OpenPolicy:
+    def load(self) -> ModelPolicy:
         """Load the policy. Raises what `load_policy` does, and ValueError for a robot that LIBERO is not."""
         from ..policy import load_policy
 
         policy = load_policy(self.path, **self.options)
         check_robot(policy.transforms.robot, str(self.path))
-        return _LocalPolicy(policy)
+        return policy
+
+    def open(self) -> OpenPolicy:
+        """The policy, ready to play; raises as `load`."""
+        return LocalPolicy(self.load())
 
 
-class _LocalPolicy:
+class LocalPolicy:
+    """A policy of this process, as an `OpenPolicy`."""
+
     def __init__(self, policy: ModelPolicy) -> None:
         self._policy = policy
 
     def describe(self) -> dict[str, Any]:
+        """See `OpenPolicy`."""
         return self._policy.describe()
 
     def episode(self, noise_seed: int) -> EpisodePolicy:
+        """See `OpenPolicy`; the episodes share transforms and engine."""
         policy = self._policy
         return type(policy)(policy.transforms, policy.engine, replace(policy.runtime, seed=noise_seed))
 

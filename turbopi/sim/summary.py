@@ -29,8 +29,9 @@ def summarize(records: Sequence[EpisodeRecord], minimum: int) -> dict[str, Any]:
 
     Returns:
         "tasks": a map per task with "task", "prompt", "episodes", "successes", "rate", "interval" (None without
-        episodes); "total": the same over all; "latency"; "control"; "errors": suite, task, initial_state and error
-        of the episodes without an outcome, which count nowhere; "verdict": text, and "enough": whether it is one.
+        episodes), "asked" (see `asked`); "total": the same over all; "latency"; "control"; "errors": suite, task,
+        initial_state and error of the episodes without an outcome, which count nowhere; "verdict": text, and "enough":
+        whether it is one.
     """
     episodes = latest(records)
     played = [r for r in episodes if r.error is None]
@@ -66,7 +67,14 @@ def _success(played: Sequence[EpisodeRecord]) -> dict[str, Any]:
         "rate": successes / episodes if episodes else None,
         "interval": list(wilson(successes, episodes)) if episodes else None,
         "median_steps_of_successes": float(np.median(steps)) if steps else None,
+        "asked": asked(played),
     }
+
+
+def asked(played: Sequence[EpisodeRecord]) -> int | None:
+    """How many episodes reached what their prompt asked for; None unless all ask for something else than the task."""
+    reached = [r.asked for r in played if r.asked is not None]
+    return sum(reached) if reached and len(reached) == len(played) else None
 
 
 def latency(played: Sequence[EpisodeRecord]) -> dict[str, float] | None:

@@ -169,7 +169,7 @@ class _Player:
         video = VideoRecorder(plan.out / MEDIA_DIRECTORY / name) if job.film else None
         result = run_episode(env, policy, spec, replan=plan.replan, video=video)
         media = {} if video is None else _relative(video, plan.out)
-        return _record(result, env.task.prompt, media, time.perf_counter() - start)
+        return _record(result, env, media, time.perf_counter() - start)
 
     def close(self) -> None:
         """Free the simulation."""
@@ -184,14 +184,14 @@ class _Player:
         return self._env
 
 
-def _record(result: EpisodeResult, prompt: str, media: dict[str, Any], wall_s: float) -> EpisodeRecord:
+def _record(result: EpisodeResult, env: Any, media: dict[str, Any], wall_s: float) -> EpisodeRecord:
     spec = result.spec
     return EpisodeRecord(
         suite=spec.suite,
         task=spec.task,
         initial_state=spec.initial_state,
         seed=spec.seed,
-        prompt=prompt,
+        prompt=env.task.prompt,
         success=result.success,
         steps=result.steps,
         inferences=result.inferences,
@@ -201,6 +201,7 @@ def _record(result: EpisodeResult, prompt: str, media: dict[str, Any], wall_s: f
         attempts=1,
         wall_s=round(wall_s, 3),
         media=media,
+        asked=env.asked,
     )
 
 

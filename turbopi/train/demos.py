@@ -8,7 +8,6 @@ asks for that one: otherwise the scene alone would tell what to do, and language
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,12 +20,10 @@ import numpy as np
 
 from ..sim.expert import SpatialExpert
 from ..sim.libero import LiberoEnv, load_task
+from ..sim.other_bowl import GOAL, OTHER, SUITE, TARGET, TASKS, other_prompts
 from ..transforms import resize_with_pad
 from .episodes import Episode, save_episode
 
-SUITE = "libero_spatial"
-TASKS = 10
-TARGET, OTHER, GOAL = "akita_black_bowl_1", "akita_black_bowl_2", "plate_1"
 PLACED_CM = 3.0
 HOLD_TICKS = 4
 """Ticks recorded after success: the policy must learn to let go and stay away."""
@@ -68,23 +65,6 @@ class DemoConfig:
         unknown = [t for t in self.tasks if not 0 <= t < TASKS]
         if unknown:
             raise ValueError(f"{SUITE} has tasks 0..{TASKS - 1}, got {unknown}")
-
-
-def region_of(bddl: str, thing: str) -> str | None:
-    """Where a task description puts a thing at the start: "main_table_next_to_box_region", "cookies_1", …"""
-    init = bddl[bddl.index("(:init") :]
-    found = re.search(rf"\((?:On|In) {re.escape(thing)} (\S+)\)", init)
-    return found[1] if found else None
-
-
-@cache
-def other_prompts() -> dict[int, str]:
-    """For each task, the prompt that describes its other bowl: that of the task whose bowl lies in the same place."""
-    tasks = [load_task(SUITE, index) for index in range(TASKS)]
-    texts = [task.bddl_file.read_text() for task in tasks]
-    prompt_of = {region_of(text, TARGET): task.prompt for text, task in zip(texts, tasks, strict=True)}
-    found = {index: prompt_of.get(region_of(text, OTHER)) for index, text in enumerate(texts)}
-    return {index: prompt for index, prompt in found.items() if prompt is not None}
 
 
 def generate(config: DemoConfig) -> Iterator[tuple[int, bool]]:

@@ -1,0 +1,190 @@
+"""Tables and plots of docs/closed-loop.md, made from the receipts and from nothing else.
+
+    python benchmarks/closed_loop_docs.py           # prints the tables
+    python benchmarks/closed_loop_docs.py --write   # puts them into docs/closed-loop.md, draws docs/images/
+
+A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`. Where a receipt is missing, it stays as it
+is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from paired_runs import IMAGES, RESULTS, ROOT, markdown_table, success_cells
+
+from turbopi.sim.compare import compare
+from turbopi.sim.episodes_file import EPISODES_FILE, read_records
+from turbopi.sim.summary import summarize
+
+PAGE = ROOT / "docs" / "closed-loop.md"
+OWN, OTHER = RESULTS / "libero_spatial_h200", RESULTS / "libero_spatial_other_bowl"
+ERRORS = (5e-4, 5.0)
+"""The span of relative errors that is drawn; the unbroken policy is a line."""
+COLOURS = {"model": "tab:blue", "transforms": "tab:orange", "camera": "tab:purple"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    write: bool = False
+    """Put the tables into the page and draw the plots, instead of printing."""
+    own: Path = OWN
+    """Run of `turbo-pi eval` with the tasks' own prompts."""
+    other_bowl: Path = OTHER
+    """Run of `turbo-pi eval --prompts other-bowl` over the same episodes."""
+
+
+def main() -> None:
+    """Print or write what there are receipts for."""
+    options = tyro.cli(Options, description=__doc__)
+    page = PAGE.read_text()
+    for name, make in TABLES.items():
+        text = make(options)
+        if text is None:
+            print(f"no receipt for {name} yet")
+            continue
+        page = placed(page, name, text)
+        print(f"\n{name}\n\n{text}")
+    if options.write:
+        PAGE.write_text(page)
+        for draw, receipt in ((draw_mistakes, "planted_mistakes"), (draw_knobs, "classic_knobs")):
+            results = results_of(receipt)
+            if results is not None:
+                draw(results, IMAGES / f"{receipt}.svg")
+
+
+def placed(page: str, name: str, text: str) -> str:
+    """The page with a table between its two marks. Raises ValueError if the marks are not there."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{PAGE} must have the lines {begin!r} and {end!r} once each, around the table")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def results_of(receipt: str) -> dict[str, Any] | None:
+    """The results of a receipt, None if there is none."""
+    path = RESULTS / f"{receipt}.json"
+    return json.loads(path.read_text())["results"] if path.is_file() else None
+
+
+def mistakes_table(_: Options) -> str | None:
+    """Success beside error, a row a mistake."""
+    results = results_of("planted_mistakes")
+    if results is None:
+        return None
+    header = ("mistake", "success", "interval", "p against unbroken", "relative error", "first step", "cosine")
+    rows = []
+    for row in results["mistakes"]:
+        audit, first = row["audit"], row["audit"]["first_step_relative_error"]
+        success, interval, p = success_cells(row)
+        numbers = (f"{audit['relative_error']:.1e}", "" if first is None else f"{first:.1e}", f"{audit['cosine']:.4f}")
+        rows.append((row["title"], success, interval, "" if row["name"] == results["reference"] else p, *numbers))
+    return markdown_table(header, rows)
+
+
+def knobs_table(_: Options) -> str | None:
+    """Success and cost, a row a setting."""
+    results = results_of("classic_knobs")
+    if results is None:
+        return None
+    header = ("steps", "replan", "success", "interval", "p against 10 and 5", "median steps of successes")
+    rows = []
+    for row in results["settings"]:
+        success, interval, p = success_cells(row)
+        usual = f"steps{row['steps']}_replan{row['replan']}" == results["reference"]
+        median = row["median_steps_of_successes"]
+        numbers = (success, interval, "" if usual else p, "" if median is None else f"{median:g}")
+        rows.append((str(row["steps"]), str(row["replan"]), *numbers))
+    return markdown_table(header, rows)
+
+
+def language_table(options: Options) -> str | None:
+    """Success with the own and with the other bowl's prompt, a row a task."""
+    if not all((directory / EPISODES_FILE).is_file() for directory in (options.own, options.other_bowl)):
+        return None
+    own, other = (summarize(read_records(directory), 1) for directory in (options.own, options.other_bowl))
+    rows = [language_row(str(b["task"]), a, b) for a, b in zip(own["tasks"], other["tasks"], strict=True)]
+    total = language_row("all", own["total"], other["total"])
+    header = ("task", "own prompt", "asked for the other bowl: own bowl placed", "the asked-for bowl placed")
+    verdict = compare(options.own, options.other_bowl, 1)["verdict"]
+    return f"{markdown_table(header, [*rows, total])}\n\n{verdict}"
+
+
+def language_row(label: str, own: dict[str, Any], other: dict[str, Any]) -> tuple[str, ...]:
+    """Counts of a task or of all."""
+    counts = (f"{s['successes']}/{s['episodes']}" for s in (own, other))
+    return label, *counts, f"{other['asked']}/{other['episodes']}"
+
+
+TABLES: dict[str, Callable[[Options], str | None]] = {
+    "planted mistakes": mistakes_table,
+    "steps and replan": knobs_table,
+    "language": language_table,
+}
+
+
+def draw_mistakes(results: dict[str, Any], picture: Path) -> Path:
+    """Success against relative error; returns the picture's path."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    unbroken = next(r for r in results["mistakes"] if r["name"] == results["reference"])
+    axes.axhline(100 * unbroken["rate"], color="tab:green", label="unbroken")
+    axes.axhspan(*(100 * end for end in unbroken["interval"]), color="tab:green", alpha=0.12)
+    noise = [r for r in results["mistakes"] if r["where"] == "noise"]
+    if noise:
+        points(axes, [r["audit"]["relative_error"] for r in noise], noise, "tab:gray", "white noise", line=True)
+    for where, colour in COLOURS.items():
+        rows = [r for r in results["mistakes"] if r["where"] == where]
+        if rows:
+            points(axes, [r["audit"]["relative_error"] for r in rows], rows, colour, where)
+        for r in rows:
+            place = (r["audit"]["relative_error"], 100 * r["rate"])
+            axes.annotate(r["name"], place, (5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlim=ERRORS, ylim=(-4, 104))
+    axes.set(xlabel="relative error of the normalised actions", ylabel="success, %")
+    return finished(figure, axes, picture)
+
+
+def draw_knobs(results: dict[str, Any], picture: Path) -> Path:
+    """Success against each knob, the other at its usual place; returns the picture's path."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, knob, other, usual in zip(both, ("steps", "replan"), ("replan", "steps"), (5, 10), strict=True):
+        rows = sorted((r for r in results["settings"] if r[other] == usual), key=lambda r: r[knob])
+        points(axes, [r[knob] for r in rows], rows, "tab:blue", f"{other} {usual}", line=True)
+        axes.set(ylim=(-4, 104), xlabel=knob, ylabel="success, %" if knob == "steps" else "")
+        finished(figure, axes, picture)
+    return picture
+
+
+def points(axes: Axes, x: list[float], rows: list[dict[str, Any]], colour: str, label: str, line: bool = False) -> None:
+    """Success rates with their intervals."""
+    rates = [100 * r["rate"] for r in rows]
+    low = [rate - 100 * r["interval"][0] for rate, r in zip(rates, rows, strict=True)]
+    high = [100 * r["interval"][1] - rate for rate, r in zip(rates, rows, strict=True)]
+    # An interval's end may lie a rounding error inside the rate.
+    whiskers = [[max(0.0, v) for v in side] for side in (low, high)]
+    axes.errorbar(x, rates, whiskers, fmt="o-" if line else "o", color=colour, capsize=3, label=label)
+
+
+def finished(figure: Figure, axes: Axes, picture: Path) -> Path:
+    """Grid and legend, and the file."""
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)
+    return picture
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Many evaluations over the same episodes: several side by side, so that fewer processes wait to start or to end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from turbopi.sim.compare import compare
+from turbopi.sim.episodes_file import EPISODES_FILE, read_config, read_records
+from turbopi.sim.evaluate import EvalConfig, evaluate
+from turbopi.sim.sources import CheckpointSource, PolicySource
+from turbopi.sim.summary import summarize
+from turbopi.sim.workers import SceneSource
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+IMAGES = ROOT / "docs" / "images"
+INTERRUPTED = 130
+TABLE_WIDTH = 150
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What all runs of a benchmark share."""
+
+    out: Path
+    """Directory of the runs, one each; the same command continues what is there."""
+    checkpoint: Path = ROOT / "checkpoints" / "pi05-libero-small"
+    """The policy."""
+    suite: str = "libero_spatial"
+    """LIBERO suite."""
+    tasks: tuple[int, ...] = tuple(range(10))
+    """Indices in the suite."""
+    trials: int = 20
+    """Episodes per task, from the official initial states 0 to trials - 1."""
+    seed: int = 7
+    """Of the episodes; 7 is openpi's."""
+    workers: int = 2
+    """Simulations at a time, over all runs."""
+    at_once: int = 1
+    """Runs at a time; each gets its share of the workers."""
+    engine: str = "eager"
+    """Way to run the stages."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the policy."""
+    device: str = "auto"
+    """Of the policy: auto, cpu, cuda, ..."""
+    threads: int = 1
+    """Of torch on the CPU in each worker."""
+    minimum: int = 50
+    """Pairs below which no verdict is given."""
+
+    def __post_init__(self) -> None:
+        if self.at_once < 1 or self.workers < 1:
+            raise ValueError(f"need at least one worker and one run at once, got {self.workers} and {self.at_once}")
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Options of `turbopi.load_policy`."""
+        return {"engine": self.engine, "precision": self.precision, "device": self.device}
+
+    @property
+    def source(self) -> CheckpointSource:
+        """The policy as it is."""
+        return CheckpointSource(self.checkpoint, self.policy)
+
+    @property
+    def episodes(self) -> int:
+        """Of each run."""
+        return len(self.tasks) * self.trials
+
+    def run(self, name: str, source: PolicySource, scenes: SceneSource, replan: int) -> EvalConfig:
+        """One run of the benchmark, with its share of the workers."""
+        return EvalConfig(
+            out=self.out / name,
+            source=source,
+            scenes=scenes,
+            suite=self.suite,
+            tasks=self.tasks,
+            trials=self.trials,
+            seed=self.seed,
+            replan=replan,
+            threads=self.threads,
+            workers=max(1, self.workers // self.at_once),
+            minimum=self.minimum,
+        )
+
+
+@dataclass(frozen=True)
+class PreparedScenes:
+    """Simulations whose facts have been looked up: looking them up is not for several threads at once."""
+
+    scenes: SceneSource
+    facts: Mapping[str, Any]
+
+    def prepare(self, suite: str, tasks: tuple[int, ...], trials: int) -> dict[str, Any]:
+        """The facts."""
+        return dict(self.facts)
+
+    def open(self, suite: str, task: int) -> Any:
+        """A simulation of one task."""
+        return self.scenes.open(suite, task)
+
+
+def prepared(config: EvalConfig) -> EvalConfig:
+    """The same run, its scenes prepared."""
+    facts = config.scenes.prepare(config.suite, config.tasks, config.trials)
+    return replace(config, scenes=PreparedScenes(config.scenes, facts))
+
+
+def run_all(configs: Mapping[str, EvalConfig], at_once: int, console: Console) -> None:
+    """Evaluate all, `at_once` at a time, saying so as each ends.
+
+    Raises what `evaluate` does, when the runs that had begun have ended. Ctrl-C ends the process at once: what was
+    played is on the disk, and workers end with their parent.
+    """
+    ready = {name: prepared(config) for name, config in configs.items()}
+    begin = time.monotonic()
+    with ThreadPoolExecutor(at_once) as threads:
+        pending = {threads.submit(evaluate, config): name for name, config in ready.items()}
+        try:
+            for future in as_completed(pending):
+                summary = future.result()
+                console.print(
+                    f"{time.monotonic() - begin:6.0f} s  {pending[future]}: {summary['verdict']}", highlight=False
+                )
+        except KeyboardInterrupt:
+            console.print("stopped; the same command continues")
+            os._exit(INTERRUPTED)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+
+
+def is_complete(directory: Path, episodes: int) -> bool:
+    """Whether a run has an outcome for every one of its episodes."""
+    if not (directory / EPISODES_FILE).is_file():
+        return False
+    return sum(record.error is None for record in read_records(directory)) >= episodes
+
+
+def row(reference: Path, directory: Path, minimum: int) -> dict[str, Any]:
+    """A run in numbers, beside the reference: success, interval, McNemar's test, latency.
+
+    "only_reference" and "only_this" count the discordant pairs.
+    """
+    summary = summarize(read_records(directory), minimum)
+    total, pairs = summary["total"], compare(reference, directory, minimum)
+    difference = pairs["total"]
+    policy = read_config(directory)["policy"]
+    return {
+        "episodes": total["episodes"],
+        "successes": total["successes"],
+        "rate": total["rate"],
+        "interval": total["interval"],
+        "per_task": [[task["successes"], task["episodes"]] for task in summary["tasks"]],
+        "median_steps_of_successes": total["median_steps_of_successes"],
+        "only_reference": difference["only_a"],
+        "only_this": difference["only_b"],
+        "difference": difference["difference"],
+        "difference_interval": difference["difference_interval"],
+        "p_value": difference["p_value"],
+        "verdict": pairs["verdict"],
+        "latency": summary["latency"],
+        "errors": summary["errors"],
+        "engine": policy["engine"],
+        "device": policy["device"],
+    }
+
+
+def wide_console() -> Console:
+    """A console in which a table's rows fit, also where the output is a file."""
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
+
+
+def percent(value: float) -> str:
+    """A rate as text."""
+    return f"{100 * value:.1f} %"
+
+
+def success_cells(result: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Successes, interval, and p-value, for tables."""
+    low, high = result["interval"]
+    return f"{result['successes']}/{result['episodes']}", f"{100 * low:.1f}-{percent(high)}", f"{result['p_value']:.2g}"
+
+
+def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table for docs/."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
