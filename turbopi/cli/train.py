@@ -9,13 +9,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-CHECKPOINT = "checkpoint"
-
 
 def train(
     data: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR…")],
     out: Path,
     preset: str = "pi05-libero-small",
+    start_from: Path | None = None,
     steps: int = 10_000,
     batch_size: int = 512,
     learning_rate: float = 4e-4,
@@ -34,6 +33,7 @@ def train(
         data: directories of episode files, as `turbo-pi demos` writes them.
         out: directory of the run.
         preset: sizes of the model.
+        start_from: checkpoint to begin from, whose sizes and statistics are kept. Default: random weights.
         steps: optimiser steps.
         batch_size: ticks per step.
         learning_rate: after the warm-up.
@@ -44,45 +44,31 @@ def train(
         dtype: of the stored weights.
         shard_mib: largest size of a weights file.
     """
-    import torch
+    from ..train.session import TrainRequest, TrainSession
 
-    from ..checkpoint.load import usable_device
-    from ..config import preset as find_preset
-    from ..policy import choose_device
-    from ..train.curve import draw_curve
-    from ..train.dataset import DemonstrationSet, dataset_stats, load_episodes
-    from ..train.episodes import episode_files
-    from ..train.trainer import CURVE_FILE, TrainConfig, Trainer
-    from ..transforms import shipped_tokenizer
-
-    if (out / CHECKPOINT).exists():
-        raise FileExistsError(f"{out / CHECKPOINT} is there already: this run has ended; choose another --out")
     console = Console()
-    target = usable_device(choose_device(device))
-    model = find_preset(preset)
     with console.status("reading the episodes"):
-        episodes = load_episodes(episode_files(data), workers)
-        stats = dataset_stats(episodes)
-        config = TrainConfig(
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            max_seconds=max_seconds,
-            seed=seed,
-            bf16=target.type == "cuda",
-            compiled=target.type == "cuda",
-            cameras=episodes[0].frames.shape[1],
+        session = TrainSession(
+            TrainRequest(
+                data=data,
+                out=out,
+                preset=preset,
+                start_from=start_from,
+                steps=steps,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                max_seconds=max_seconds,
+                seed=seed,
+                device=device,
+                workers=workers,
+                dtype=dtype,
+                shard_mib=shard_mib,
+            )
         )
-        ticks = DemonstrationSet(episodes, model, stats, shipped_tokenizer(), target, config.noise, seed)
-    trainer = Trainer(model, config, out, target)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{len(episodes)} episodes, {len(ticks)} ticks, {parameters / 1e6:.1f} M parameters, on {target}")
+    console.print(session.describe())
     columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps, completed=trainer.step, loss=float("nan"))
-        trainer.run(ticks, lambda step, loss: progress.update(bar, completed=step, loss=loss))
-    draw_curve(out / CURVE_FILE, out / "loss.svg")
-    shard_bytes = shard_mib * 1024 * 1024
-    path = trainer.save_checkpoint(out / CHECKPOINT, stats, shipped_tokenizer(), getattr(torch, dtype), shard_bytes)
+        bar = progress.add_task("", total=steps, completed=session.trainer.step, loss=float("nan"))
+        path = session.run(lambda step, loss: progress.update(bar, completed=step, loss=loss))
     console.print(f"wrote {path}")
     return 0

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class TrainConfig:
         compiled: let torch.compile fuse the loss; worth it on a GPU.
         max_seconds: stop and save after so long; None: no limit. The schedule still spans `steps`.
         noise: disturbances of the inputs.
+        start_from: where the first weights came from, if not from chance; only noted here.
     """
 
     steps: int = 10_000
@@ -60,6 +61,7 @@ class TrainConfig:
     compiled: bool = False
     max_seconds: float | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "save_every"):
@@ -77,12 +79,24 @@ class TrainConfig:
 
 
 class Trainer:
-    """One training run in a directory. `run` continues where a killed run stopped."""
+    """One training run in a directory. `run` continues where a killed run stopped.
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, out: Path, device: torch.device) -> None:
+    `weights`: a `Pi0` state to begin from instead of random weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        out: Path,
+        device: torch.device,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config, self.out, self.device = config, out, device
         torch.manual_seed(config.seed)
         self.model = Pi0(model).to(device)
+        if weights is not None:
+            self.model.load_state_dict(weights)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         # Static shapes and nothing to wait for: parameters do not depend on camera slots, and the two treatments of
         # invalid tokens agree to rounding. The average keeps the configuration that is saved.
