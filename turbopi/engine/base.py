@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..model import Pi0, PrefixCache
+from ..model import ModelInput, Pi0, PrefixCache
 
 Precision = Literal["fp32", "bf16"]
+
+STAGES = ("encode_images", "prefill", "denoise")
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,6 +48,68 @@ class Engine(Protocol):
 
     def synchronize(self) -> None:
         """Wait until everything asked for so far has been computed."""
+
+
+@runtime_checkable
+class TickEngine(Engine, Protocol):
+    """An engine that also runs a whole tick at once, from host memory to host memory.
+
+    Attributes:
+        accepts_uint8: whether `ModelInput.images` may be uint8 (0 to 255), to be scaled on the device.
+    """
+
+    accepts_uint8: bool
+
+    def sample_actions(self, input: ModelInput, noise: Tensor, steps: int) -> Tensor:  # noqa: A002
+        """All three stages: (B,H,32) float32 noise -> normalised actions (B,H,32) float32, on the CPU.
+
+        Raises NonFiniteActionsError where the actions hold NaN or infinite values.
+        """
+
+    def warm_up(self, cameras: int, steps: int, batch: int = 1, images: torch.dtype = torch.uint8) -> None:
+        """Prepare for prompts of any length with `cameras` valid cameras, so that the first tick is like the next."""
+
+    def describe(self) -> dict[str, Any]:
+        """How it runs the stages, as JSON values, for receipts."""
+
+
+def sample_actions(
+    engine: Engine,
+    input: ModelInput,  # noqa: A002
+    noise: Tensor,
+    steps: int,
+    stage_ms: dict[str, float] | None = None,
+) -> Tensor:
+    """A whole tick on any engine: at once where it can do that, otherwise stage after stage.
+
+    Args:
+        engine: that computes.
+        input: checked, on the CPU.
+        noise: (B,H,32) float32.
+        steps: flow-matching evaluations.
+        stage_ms: where given, the wall time of each stage in milliseconds is put in; of a whole tick, nothing.
+
+    Returns:
+        normalised actions (B,H,32) float32 on the CPU.
+    """
+    if isinstance(engine, TickEngine):
+        return engine.sample_actions(input, noise, steps)
+    times = [time.perf_counter()]
+
+    def finish_stage() -> None:
+        if stage_ms is not None:
+            engine.synchronize()
+            times.append(time.perf_counter())
+
+    image_tokens = engine.encode_images(input.images, input.image_mask)
+    finish_stage()
+    cache = engine.prefill(image_tokens, input.image_mask, input.tokens, input.token_mask)
+    finish_stage()
+    actions = engine.denoise(cache, input.state, noise, steps).cpu()
+    finish_stage()
+    if stage_ms is not None:
+        stage_ms.update({stage: 1e3 * (b - a) for stage, a, b in zip(STAGES, times, times[1:], strict=False)})
+    return actions
 
 
 EngineFactory = Callable[[Pi0, Precision], Engine]

@@ -1,0 +1,45 @@
+"""Observations with prompts of given lengths and cameras that may be missing, and a recorder for no GPU."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from turbopi import ModelInput, Pi0, preset
+from turbopi.audit.golden import hash_model
+from turbopi.config import ModelConfig
+
+TWO_CAMERAS = (True, True, False)
+
+
+class Rerun:
+    """Records by keeping the work itself; counts what it was asked to record."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        work()
+        return work
+
+
+def model(name: str = "pi05-tiny", device: str = "cpu", dtype: torch.dtype = torch.float32, **changes: object) -> Pi0:
+    config: ModelConfig = dataclasses.replace(preset(name), **changes)  # type: ignore[arg-type]
+    return hash_model(config, 7, dtype, device)
+
+
+def observation(
+    config: ModelConfig, lengths: Sequence[int], cameras: Sequence[Sequence[bool]] | None = None, seed: int = 0
+) -> tuple[ModelInput, torch.Tensor]:
+    """One sample a length, on the CPU; and noise."""
+    g = torch.Generator().manual_seed(seed)
+    batch, size, slots = len(lengths), config.vision.image_size, config.max_tokens
+    inputs = ModelInput(
+        images=torch.rand(batch, config.cameras, 3, size, size, generator=g) * 2 - 1,
+        image_mask=torch.tensor(cameras or [TWO_CAMERAS] * batch),
+        tokens=torch.randint(3, 1000, (batch, slots), generator=g),
+        token_mask=torch.arange(slots) < torch.tensor(lengths)[:, None],
+        state=torch.rand(batch, config.state_dim, generator=g) * 2 - 1,
+    )
+    return inputs, torch.randn(batch, config.horizon, config.action_dim, generator=g)
