@@ -1,0 +1,106 @@
+"""Compile the kernels for a compute capability, such as 90, at the full model's shapes; no GPU is needed.
+
+    python tests/kernels/compile_kernels.py 90
+
+Prints a line a kernel: name, shared memory in bytes, grid. Triton takes its target from its driver, so a driver that
+only names one stands in, and a launch becomes a compilation.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from turbopi import kernels
+from turbopi.kernels import AttentionConfig, GemmConfig
+
+BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
+
+
+class NoGpu:
+    """As much of a Triton driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_instead(kernel, grid):
+    def compile_and_report(*args, **options):
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        print(kernel.__name__, compiled.metadata.shared, "x".join(map(str, grid)), flush=True)
+
+    return compile_and_report
+
+
+def empty(*shape, dtype=BF16):
+    return torch.empty(shape, dtype=dtype)
+
+
+def rows_of(m):
+    x, out, vector, one = empty(m, 2048), empty(m, 2048), empty(2048, dtype=F32), empty(1, dtype=I32)
+    kernels.layer_norm(empty(512, 1152), empty(512, 1152))
+    kernels.layer_norm(empty(512, 1152), empty(512, 1152), empty(1, 1152, dtype=F32))
+    kernels.layer_norm(empty(512, 1152, dtype=F32), empty(512, 1152), empty(256, 1152, dtype=F32), empty(512, 1152))
+    kernels.rms_norm(x, out, vector, vector)
+    kernels.gated_residual_norm(x, out, vector, vector, vector, empty(m, 2048))
+    kernels.gated_residual(x, out, vector)
+    kernels.geglu(empty(m, 32768), empty(m, 16384))
+    kernels.gelu(empty(512, 4304), empty(512, 4304))
+    kernels.patches(empty(2, 3, 224, 224, dtype=torch.uint8), empty(512, 588))
+    kernels.action_in(empty(10, 32, dtype=F32), empty(1024, 32, dtype=F32), empty(1024, dtype=F32), empty(10, 1024))
+    kernels.action_out(
+        empty(10, 1024), empty(32, 1024, dtype=F32), empty(32, dtype=F32), empty(10, 32, dtype=F32), horizon=10
+    )
+    kernels.embed_tokens(empty(1, 40, dtype=torch.int64), empty(1000, 2048), 45.25, x, one, m)
+
+
+def heads_of(m):
+    one, table = empty(1, dtype=I32), empty(2048, 128, dtype=F32)
+    cache, qkv = empty(1, 1, 1024, 256), empty(512, 3456)
+    kernels.rotate_and_store(empty(m, 2560), table, table, one, empty(m, 2048), cache, cache, m)
+    kernels.attention(empty(m, 2048), cache, cache, one, empty(m, 2048), m, state_token=True)
+    parts = [
+        qkv[:, 1152 * i : 1152 * (i + 1)].unflatten(0, (2, 256)).unflatten(-1, (16, 72)).transpose(1, 2) for i in (1, 2)
+    ]
+    kernels.attention(qkv[:, :1152], *parts, None, empty(512, 1152), 256)
+    partial = empty(16, 80, 256, dtype=F32), empty(16, 80, dtype=F32)
+    kernels.attention_split(
+        empty(10, 2048), cache, cache, one, empty(10, 2048), 10, *partial, config=AttentionConfig(16, 32)
+    )
+
+
+def products_of(m, descriptors):
+    x, w, out, gate = empty(m, 2048), empty(32768, 2048), empty(m, 32768), empty(1024, dtype=F32)
+    few, narrow = empty(10, 4096), empty(1024, 4096)
+    kernels.linear(x, w, out)
+    kernels.linear(empty(1, 1024), empty(1024, 1024), empty(1, 1024), bias=empty(1024), activation="gelu")
+    partial = empty(4, 10, 1024, dtype=F32)
+    config = GemmConfig(16, 32, 128, group_m=1, stages=4, splits=4)
+    kernels.linear(few, narrow, empty(10, 1024), None, "none", empty(10, 1024), gate, config, partial)
+    kernels.geglu_linear(x, w, empty(m, 16384))
+    if descriptors:
+        for persistent in (False, True):
+            config = GemmConfig(128, 128, 64, warps=8, stages=3, descriptors=True, persistent=persistent)
+            kernels.linear(x, w, out, config=config)
+            kernels.geglu_linear(x, w, empty(m, 16384), config)
+
+
+if __name__ == "__main__":
+    capability = int(sys.argv[1])
+    triton.runtime.driver.set_active(NoGpu(capability))
+    JITFunction.__getitem__ = compile_instead
+    if capability >= 90:
+        rows_of(552)
+    heads_of(552)
+    products_of(552, descriptors=capability >= 90)

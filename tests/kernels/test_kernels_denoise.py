@@ -1,0 +1,178 @@
+"""The denoise kernel: its packing and its twin on the CPU, the kernel itself on a GPU of compute capability 9.0."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from turbopi import preset
+from turbopi.audit.golden import hash_model
+from turbopi.engine.turbo.denoise import Schedules
+from turbopi.engine.turbo.weights import fold_model
+from turbopi.kernels.denoise import (
+    Cache,
+    DenoiseKernel,
+    Layer,
+    Schedule,
+    Shape,
+    denoise_ref,
+    gate_order,
+    pack,
+    qkv_order,
+)
+from turbopi.model import PrefixCache
+
+FULL = Shape(1024, 3, 8, 1, 256, 4096, 10, longest=978)
+SMALL = Shape(192, 6, 8, 1, 32, 640, 10, longest=288)
+GROUPED = Shape(256, 2, 8, 2, 64, 512, 7, longest=200)
+
+
+def consumed(packed: Tensor, rows: Tensor, parts: int) -> Tensor:
+    """Weights times rows^T, reading the packed weights as the kernel's lanes do."""
+    units, steps, tiles = packed.shape[:3]
+    out = torch.zeros(units // parts * tiles * 16, len(rows))
+    for unit in range(units):
+        for step in range(steps):
+            for tile in range(tiles):
+                for half in range(2):
+                    for lane in range(32):
+                        g, t = lane // 4, lane % 4
+                        k = (unit % parts * steps + step) * 32 + t * 8 + half * 4
+                        a = packed[unit, step, tile, half, lane]
+                        row = (unit // parts * tiles + tile) * 16 + g
+                        first, second = rows[:, k : k + 2], rows[:, k + 2 : k + 4]
+                        out[row] += first @ a[0:2] + second @ a[4:6]
+                        out[row + 8] += first @ a[2:4] + second @ a[6:8]
+    return out
+
+
+@pytest.mark.parametrize(("tiles", "parts"), [(1, 1), (4, 1), (1, 2)])
+def test_lanes_find_their_weights(tiles: int, parts: int) -> None:
+    weights, rows = torch.randn(64, 128), torch.randn(3, 128)
+    torch.testing.assert_close(consumed(pack(weights, tiles, parts), rows, parts), weights @ rows.T)
+
+
+def test_partners_share_a_thread() -> None:
+    """The rows of a tile are eight and their eight partners: a rotary pair, or a gate and its up."""
+    for order, distance in ((qkv_order(SMALL), SMALL.head_dim // 2), (gate_order(SMALL), SMALL.mlp_dim)):
+        tiles = order.view(-1, 2, 8)
+        assert torch.equal(tiles[:, 1] - tiles[:, 0], torch.full_like(tiles[:, 0], distance))
+        assert torch.equal(order.sort().values, torch.arange(len(order)))
+
+
+def test_the_twin_is_the_reference() -> None:
+    """In float32, with folded weights, all steps."""
+    config = preset("pi05-small")
+    model = hash_model(config, 3, torch.float32, "cpu")
+    weights, folded = fold_model(model), Schedules(model)(3)
+    layers = [Layer(b.qkv, b.out, b.gate_up, b.down) for b in weights.expert.blocks]
+    assert folded.modulation is not None
+    schedule = Schedule(
+        folded.modulation,
+        folded.action_in.weight.t(),
+        folded.action_in.bias,
+        folded.action_out.weight,
+        folded.action_out.bias,
+    )
+    length, expert = 37, config.expert
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, expert.depth, expert.kv_heads, length, expert.head_dim, generator=generator)
+    noise = torch.randn(1, config.horizon, config.action_dim, generator=generator)
+    prefix = PrefixCache(tuple(k[None] for k in keys), tuple(v[None] for v in values), torch.tensor([length]), None)
+    with torch.no_grad():
+        expected = model.denoise(prefix, torch.zeros(1, 32), noise, 3)[0]
+    room = torch.zeros(expert.depth, expert.kv_heads, config.horizon, expert.head_dim)
+    cache = Cache(
+        torch.cat((keys, room), dim=2), torch.cat((values, room), dim=2), torch.tensor([length]), weights.cos,
+        weights.sin,
+    )  # fmt: skip
+    x_t = noise[0].clone()
+    denoise_ref(layers, schedule, cache, x_t)
+    assert float((x_t - expected).norm() / (expected - noise[0]).norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"width": 200}, "width 200"),
+        ({"head_dim": 72}, "head_dim 72"),
+        ({"mlp_dim": 96}, "mlp_dim 96"),
+        ({"rows": 50}, "50 suffix rows"),
+    ],
+)
+def test_what_cannot_be_tiled_is_said(change: dict[str, int], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        dataclasses.replace(SMALL, **change)
+
+
+class Case:
+    """Random weights, cache and noise on the GPU."""
+
+    def __init__(self, shape: Shape, prefix: int, steps: int, slots: int | None = None) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device="cuda")
+
+        inner, heads = shape.heads * shape.head_dim, shape.heads + 2 * shape.kv_heads
+        scale = torch.ones(heads * shape.head_dim, 1, device="cuda")
+        scale[:inner] = shape.head_dim**-0.5
+        self.layers = [
+            Layer(
+                (random(heads * shape.head_dim, shape.width) / shape.width**0.5 * scale).bfloat16(),
+                (random(shape.width, inner) / inner**0.5).bfloat16(),
+                (random(2 * shape.mlp_dim, shape.width) / shape.width**0.5).bfloat16(),
+                (random(shape.width, shape.mlp_dim) / shape.mlp_dim**0.5).bfloat16(),
+            )
+            for _ in range(shape.depth)
+        ]
+        self.schedule = Schedule(
+            random(steps, 2 * shape.depth + 1, 3, shape.width) * 0.3,
+            random(shape.action_dim, shape.width) / 6,
+            random(steps, shape.width) / 10,
+            random(shape.action_dim, shape.width) / shape.width**0.5 / steps,
+            random(shape.action_dim) / 10 / steps,
+        )
+        half = shape.head_dim // 2
+        angles = torch.arange(shape.longest, device="cuda")[:, None] / 1e4 ** (torch.arange(half, device="cuda") / half)
+        size = (shape.depth, shape.kv_heads, slots or prefix + shape.rows, shape.head_dim)
+        self.cache = Cache(
+            random(*size).bfloat16(), random(*size).bfloat16(),
+            torch.tensor([prefix], dtype=torch.int32, device="cuda"), angles.cos(), angles.sin(),
+        )  # fmt: skip
+        self.noise = random(shape.rows, shape.action_dim)
+
+
+GPU_CASES = [
+    pytest.param(FULL, 552, 10, None, id="full"),
+    pytest.param(FULL, 968, 2, None, id="longest prefix"),
+    pytest.param(FULL, 3, 2, 560, id="keys of most CTAs are missing"),
+    pytest.param(dataclasses.replace(FULL, rows=16, longest=984), 600, 3, 700, id="sixteen rows"),
+    pytest.param(dataclasses.replace(FULL, rows=1, longest=969), 40, 2, None, id="one row"),
+    pytest.param(SMALL, 128, 10, None, id="small"),
+    pytest.param(GROUPED, 77, 4, 190, id="two key heads, seven rows"),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "prefix", "steps", "slots"), GPU_CASES)
+def test_the_kernel_equals_its_twin(shape: Shape, prefix: int, steps: int, slots: int | None) -> None:
+    """Within the roundings of bfloat16, again and again bit for bit the same, and without touching the cache."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    case = Case(shape, prefix, steps, slots)
+    before = case.cache.keys.clone()
+    kernel = DenoiseKernel(shape, case.layers, torch.device("cuda"))
+    answers = []
+    for _ in range(5):
+        x_t = case.noise.clone()
+        kernel.run(case.schedule, case.cache, x_t)
+        answers.append(x_t)
+    torch.cuda.synchronize()
+    assert torch.equal(case.cache.keys, before)
+    assert all(torch.equal(answers[0], answer) for answer in answers)
+    expected = case.noise.clone()
+    denoise_ref(case.layers, case.schedule, case.cache, expected)
+    error = float((answers[0] - expected).norm() / (expected - case.noise).norm())
+    assert error < 2e-2

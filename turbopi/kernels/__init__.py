@@ -1,0 +1,52 @@
+"""Triton kernels, one op a file, each beside its plain-torch twin `*_ref`: the same call, the same result.
+
+Every op writes into the buffers it is given and allocates nothing. Importing needs no Triton; launching does.
+"""
+
+from .actions import action_in, action_in_ref, action_out, action_out_ref
+from .attention import attention, attention_ref, attention_split, attention_split_ref
+from .embed import embed_tokens, embed_tokens_ref
+from .geglu import geglu, geglu_ref, gelu, gelu_ref
+from .geglu_linear import geglu_linear, geglu_linear_ref
+from .layer_norm import layer_norm, layer_norm_ref
+from .linear import linear, linear_ref
+from .patches import patches, patches_ref
+from .residual import gated_residual, gated_residual_norm, gated_residual_norm_ref, gated_residual_ref
+from .rms_norm import rms_norm, rms_norm_ref
+from .rope import rotate_and_store, rotate_and_store_ref
+from .tuning import AttentionConfig, GemmConfig
+
+__all__ = [
+    "AttentionConfig",
+    "GemmConfig",
+    "action_in",
+    "action_in_ref",
+    "action_out",
+    "action_out_ref",
+    "attention",
+    "attention_ref",
+    "attention_split",
+    "attention_split_ref",
+    "embed_tokens",
+    "embed_tokens_ref",
+    "gated_residual",
+    "gated_residual_norm",
+    "gated_residual_norm_ref",
+    "gated_residual_ref",
+    "geglu",
+    "geglu_linear",
+    "geglu_linear_ref",
+    "geglu_ref",
+    "gelu",
+    "gelu_ref",
+    "layer_norm",
+    "layer_norm_ref",
+    "linear",
+    "linear_ref",
+    "patches",
+    "patches_ref",
+    "rms_norm",
+    "rms_norm_ref",
+    "rotate_and_store",
+    "rotate_and_store_ref",
+]
