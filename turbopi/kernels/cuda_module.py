@@ -1,0 +1,116 @@
+"""CUDA C++ kernels compiled at first use by NVRTC, for what Triton cannot express; the binary is kept on disk.
+
+Needs a GPU and the `cuda-bindings` package that PyTorch's CUDA builds bring. No compiler has to be installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: `$XDG_CACHE_HOME/turbopi/kernels`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "turbopi" / "kernels"
+
+
+class CudaModule:
+    """One source, compiled for one device with one set of definitions.
+
+    Args:
+        source: a `.cu` file without includes, its kernels `extern "C"`.
+        definitions: preprocessor definitions, name to value.
+        device: the GPU.
+
+    Raises:
+        RuntimeError: `cuda-bindings` is missing, or the source does not compile; holds the compiler's words.
+    """
+
+    def __init__(self, source: Path, definitions: Mapping[str, int], device: torch.device) -> None:
+        self._driver, self._nvrtc = _bindings()
+        self.device = device
+        torch.cuda.current_stream(device).synchronize()  # makes the device's context before the driver is asked
+        major, minor = torch.cuda.get_device_capability(device)
+        options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
+        options += [f"-D{name}={value}" for name, value in sorted(definitions.items())]
+        with torch.cuda.device(device):
+            self._module = self._check(self._driver.cuModuleLoadData(self._binary(source.read_bytes(), options)))
+        self._functions: dict[str, Any] = {}
+
+    def launch(
+        self, name: str, arguments: ctypes.Structure, *, blocks: int, threads: int, shared_bytes: int, cluster: int
+    ) -> None:
+        """Put a kernel with one structure as its argument on the current stream, in clusters of `cluster` blocks."""
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        self._check(driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), ctypes.addressof(pointers), 0))
+
+    def _function(self, name: str, shared_bytes: int) -> Any:
+        if name not in self._functions:
+            self._functions[name] = self._check(self._driver.cuModuleGetFunction(self._module, name.encode()))
+        if shared_bytes > 48 << 10:
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self._driver.cuFuncSetAttribute(self._functions[name], limit, shared_bytes))
+        return self._functions[name]
+
+    def _binary(self, source: bytes, options: list[str]) -> bytes:
+        version = self._check(self._nvrtc.nvrtcVersion())
+        key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()[:32]
+        path = cache_directory() / f"{key}.cubin"
+        if path.exists():
+            return path.read_bytes()
+        binary = self._compile(source, options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place, so that a neighbour process never reads half a file.
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(binary)
+        Path(file.name).replace(path)
+        return binary
+
+    def _compile(self, source: bytes, options: list[str]) -> bytes:
+        nvrtc = self._nvrtc
+        program = self._check(nvrtc.nvrtcCreateProgram(source, b"kernels.cu", 0, [], []))
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * self._check(nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"CUDA kernels do not compile with {' '.join(options)}:\n{log.decode(errors='replace')}")
+        binary = b" " * self._check(nvrtc.nvrtcGetCUBINSize(program))
+        self._check(nvrtc.nvrtcGetCUBIN(program, binary))
+        nvrtc.nvrtcDestroyProgram(program)
+        return binary
+
+    @staticmethod
+    def _check(answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if int(status) != 0:
+            raise RuntimeError(f"the CUDA driver answered {status!r}")
+        return values[0] if values else None
+
+
+def _bindings() -> tuple[ModuleType, ModuleType]:
+    try:
+        return import_module("cuda.bindings.driver"), import_module("cuda.bindings.nvrtc")
+    except ImportError as error:
+        raise RuntimeError(
+            "the CUDA kernel of the denoise loop needs the package cuda-bindings, which PyTorch's CUDA builds bring; "
+            "install it"
+        ) from error

@@ -1,0 +1,283 @@
+"""The kernel of `denoise.cu`, the whole denoise loop in one launch: packing, launching, and its plain-torch twin.
+
+For one observation of π0.5 with at most 16 suffix rows, in bfloat16, on GPUs of compute capability 9.0 or more. What
+led to this form, and what it is worth, is in docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .cuda_module import CudaModule
+
+SOURCE = Path(__file__).with_name("denoise.cu")
+MAX_ROWS = 16
+RMS_EPS = 1e-6
+WARPS = 8
+GATE_TILES = 4
+CHUNK_BYTES = 16 << 10
+IN_FLIGHT = 1
+"""Chunks that a CTA asks memory for at once. More queue up, and what CTAs tell each other queues behind them."""
+STATIC_BYTES = 8 << 10
+"""Of shared memory, left for the kernel's own arrays."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the suffix's tower.
+
+    Attributes:
+        width, depth, heads, kv_heads, head_dim, mlp_dim: of the action expert.
+        rows: suffix tokens.
+        longest: prefix and suffix tokens at most.
+        action_dim: of x_t.
+
+    Raises:
+        ValueError: sizes that the kernel cannot tile, see `problems`.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    rows: int
+    longest: int
+    action_dim: int = 32
+
+    def __post_init__(self) -> None:
+        if found := self.problems(**{f.name: getattr(self, f.name) for f in fields(self)}):
+            raise ValueError(f"the denoise kernel cannot tile this model: {'; '.join(found)}")
+
+    @staticmethod
+    def problems(*, width: int, heads: int, head_dim: int, mlp_dim: int, rows: int, **_: int) -> list[str]:
+        """Why the kernel cannot tile such a model; empty if it can."""
+        units = {"width": (width, 64), "head_dim": (head_dim, 32), "mlp_dim": (mlp_dim, 64)}
+        units["heads * head_dim"] = (heads * head_dim, 128)
+        found = [f"{name} {value} is not a multiple of {unit}" for name, (value, unit) in units.items() if value % unit]
+        if not 1 <= rows <= MAX_ROWS:
+            found.append(f"{rows} suffix rows are not 1 to {MAX_ROWS}")
+        return found
+
+    @property
+    def gate_tiles(self) -> int:
+        """16-row tiles of gate and up that a CTA computes at once."""
+        return math.gcd(GATE_TILES, self.mlp_dim // 8)
+
+
+def pack(weights: Tensor, tiles: int, parts: int = 1) -> Tensor:
+    """Weight rows in the order in which the kernel's lanes consume them.
+
+    weights (rows,K), rows already in tile order -> (units, K/32/parts steps, tiles, 2, 32 lanes, 8), contiguous.
+    `parts` units in a row share their rows and divide K.
+    """
+    rows, k = weights.shape
+    steps = k // 32 // parts
+    view = weights.reshape(rows // (16 * tiles), tiles, 2, 8, parts, steps, 4, 2, 2, 2)
+    # group, tile, upper/lower row, g, part, step, t, half, pair, element -> consumption order
+    packed = view.permute(0, 4, 5, 1, 7, 3, 6, 8, 2, 9)
+    return packed.reshape(-1, steps, tiles, 2, 32, 8).contiguous()
+
+
+def qkv_order(shape: Shape) -> Tensor:
+    """Row order of cat(q, k, v): in each tile 8 dims of a head's first half, then their rotary partners."""
+    rows = torch.arange((shape.heads + 2 * shape.kv_heads) * shape.head_dim)
+    return rows.reshape(-1, 2, shape.head_dim // 16, 8).transpose(1, 2).flatten()
+
+
+def gate_order(shape: Shape) -> Tensor:
+    """Row order of cat(gate, up): in each tile 8 rows of gate, then the same 8 of up."""
+    return torch.arange(2 * shape.mlp_dim).reshape(2, -1, 8).transpose(0, 1).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's weights, bfloat16, rows by columns: qkv (heads, then keys, then values), out, gate_up, down."""
+
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """What depends on the steps, float32.
+
+    modulation (steps, 2·depth+1, 3, width): scale, shift, gate; in_weights (action_dim,width), in_bias (steps,width);
+    out_weights (action_dim,width) and out_bias (action_dim,) with -1/steps folded in.
+    """
+
+    modulation: Tensor
+    in_weights: Tensor
+    in_bias: Tensor
+    out_weights: Tensor
+    out_bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """keys, values (depth, kv_heads, slots, head_dim); length (1,) int32, valid prefix tokens; cosines, sines tables.
+
+    The tables are (positions, head_dim/2) float32. There is room for the suffix behind the prefix: the twin uses it.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+    cosines: Tensor
+    sines: Tensor
+
+
+_POINTERS = (
+    "modulation", "qkv", "out", "gate_up", "down", "cosines", "sines", "length", "keys", "values", "x_t", "in_weights",
+    "in_bias", "out_weights", "out_bias", "mail",
+)  # fmt: skip
+
+
+class _Arguments(ctypes.Structure):
+    _fields_ = [("steps", ctypes.c_int), ("slots", ctypes.c_int), *((name, ctypes.c_void_p) for name in _POINTERS)]
+
+
+class DenoiseKernel:
+    """The compiled kernel with packed weights and scratch memory, for one shape on one device.
+
+    Raises:
+        ValueError: the device is too small for the shape.
+        RuntimeError: the kernel does not compile here.
+    """
+
+    def __init__(self, shape: Shape, layers: Sequence[Layer], device: torch.device, in_flight: int = IN_FLIGHT) -> None:
+        self.shape, self.device = shape, device
+        properties = torch.cuda.get_device_properties(device)
+        self._splits = _power_of_two(min(properties.multi_processor_count // shape.heads, shape.head_dim // 4, 16))
+        heads = shape.heads + 2 * shape.kv_heads
+        paired = shape.width // 8
+        units = (
+            heads * shape.head_dim // 16,
+            shape.mlp_dim // 8 // shape.gate_tiles,
+            paired,
+            shape.heads * self._splits,
+        )
+        self._ctas = min(properties.multi_processor_count // 2 * 2, math.ceil(max(units) / 2) * 2)
+        if max(paired, units[-1]) > self._ctas:
+            raise ValueError(
+                f"the denoise kernel needs {max(paired, units[-1])} multiprocessors for this width; "
+                f"{properties.name} has {properties.multi_processor_count}"
+            )
+        keys = math.ceil(math.ceil(math.ceil(shape.longest / self._splits) / 8) * 8 / 16) * 16
+        rest = self._bytes_beside_the_ring(keys)
+        self._slots = min(16, (_shared_memory(properties) - STATIC_BYTES - rest) // CHUNK_BYTES)
+        if self._slots < 2:
+            raise ValueError(f"the denoise kernel needs {rest + 2 * CHUNK_BYTES} bytes of shared memory for this model")
+        self._shared_bytes = self._slots * CHUNK_BYTES + rest
+        definitions = {
+            "W": shape.width, "H": shape.heads, "KV": shape.kv_heads, "D": shape.head_dim, "F": shape.mlp_dim,
+            "N": shape.rows, "A": shape.action_dim, "LAYERS": shape.depth, "GATE": shape.gate_tiles, "KEYS": keys,
+            "SPLITS": self._splits, "CTAS": self._ctas, "WARPS": WARPS, "SLOTS": self._slots,
+            "IN_FLIGHT": in_flight,
+        }  # fmt: skip
+        self._module = CudaModule(SOURCE, definitions, device)
+        inner = shape.heads * shape.head_dim
+        qkv_rows, gate_rows = (order(shape).to(device) for order in (qkv_order, gate_order))
+        self._weights = {
+            "qkv": torch.stack([pack(layer.qkv[qkv_rows], 1) for layer in layers]),
+            "out": torch.stack([pack(layer.out, 1, 2) for layer in layers]),
+            "gate_up": torch.stack([pack(layer.gate_up[gate_rows], shape.gate_tiles) for layer in layers]),
+            "down": torch.stack([pack(layer.down, 1, 2) for layer in layers]),
+        }
+        words = shape.rows * (shape.width + inner + shape.mlp_dim // 2 + shape.kv_heads * shape.head_dim)
+        words += shape.heads * self._splits * shape.rows * (shape.head_dim + 2)
+        self._mail = torch.zeros(2, words, 2, dtype=torch.int32, device=device)
+
+    def run(self, schedule: Schedule, cache: Cache, x_t: Tensor) -> None:
+        """All steps: x_t (rows, action_dim) float32 goes from noise to actions. Twin: `denoise_ref`.
+
+        All tensors contiguous. Only launches: nothing is allocated or waited for.
+        """
+        self._mail.zero_()  # so that no word of an earlier run passes for one of this
+        tensors = self._weights | {"mail": self._mail, "x_t": x_t}
+        tensors |= {f.name: getattr(part, f.name) for part in (schedule, cache) for f in fields(part)}
+        arguments = _Arguments(
+            schedule.modulation.shape[0], cache.keys.shape[-2], *(tensors[name].data_ptr() for name in _POINTERS)
+        )
+        self._module.launch(
+            "denoise",
+            arguments,
+            blocks=self._ctas,
+            threads=32 * (WARPS + 1),
+            shared_bytes=self._shared_bytes,
+            cluster=2,
+        )
+
+    def _bytes_beside_the_ring(self, keys: int) -> int:
+        """Shared memory as denoise.cu lays it out."""
+        shape = self.shape
+        columns = math.ceil(shape.rows / 8) * 8
+        sum_stride = columns + 8 - columns % 16
+        rows = shape.rows * max(shape.width, shape.heads * shape.head_dim // 2, shape.mlp_dim // 2) * 2
+        cache = keys * (2 * shape.head_dim + 40) * 2
+        along_tiles = 2 if shape.gate_tiles > 1 else 1
+        gate_sums = WARPS // along_tiles * shape.gate_tiles * 16 * sum_stride * 4
+        gate = math.ceil(shape.rows * shape.width * 2 / 128) * 128 + gate_sums
+        sums = WARPS * 16 * sum_stride * 4
+        scores = shape.rows * (shape.head_dim + 32) * 2 + columns * ((keys + 4) * 4 + (keys + 8) * 2)
+        parts = (max(rows, cache, gate), max(sums, scores), 8 * shape.rows * 4)
+        return sum(math.ceil(part / 128) * 128 for part in parts) + 1024
+
+
+def _shared_memory(properties: Any) -> int:
+    """Bytes that one CTA may ask for; not in every version's type stubs."""
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _power_of_two(limit: int) -> int:
+    return 1 << limit.bit_length() - 1
+
+
+def _norm(x: Tensor, modulation: Tensor) -> Tensor:
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + RMS_EPS)
+    return (normed * (1 + modulation[0]) + modulation[1]).to(x.dtype).float()
+
+
+def _layer_ref(layer: Layer, index: int, modulation: Tensor, cache: Cache, x: Tensor) -> Tensor:
+    """One layer on x (rows,width), rounding to x's dtype where the kernel does."""
+    keys, values, start = cache.keys[index], cache.values[index], int(cache.length)
+    rows, dtype, (kv, _, head_dim) = x.shape[0], x.dtype, keys.shape
+    heads = (_norm(x, modulation[0]) @ layer.qkv.float().T).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+    c, s = (t[start : start + rows] for t in (cache.cosines, cache.sines))
+    first, second = heads[:-kv].chunk(2, dim=-1)
+    rotated = torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(dtype)
+    keys[:, start : start + rows] = rotated[-kv:]
+    values[:, start : start + rows] = heads[-kv:].to(dtype)
+    q = rotated[:-kv].float()
+    k, v = (t[:, : start + rows].float().repeat_interleave(len(q) // kv, dim=0) for t in (keys, values))
+    attended = ((q @ k.transpose(1, 2)).softmax(dim=-1) @ v).transpose(0, 1).flatten(1).to(dtype).float()
+    x = (x.float() + attended @ layer.out.float().T * modulation[0, 2]).to(dtype)
+    gate, up = (_norm(x, modulation[1]) @ layer.gate_up.float().T).chunk(2, dim=-1)
+    hidden = (F.gelu(gate, approximate="tanh") * up).to(dtype).float()
+    return (x.float() + hidden @ layer.down.float().T * modulation[1, 2]).to(dtype)
+
+
+def denoise_ref(layers: Sequence[Layer], schedule: Schedule, cache: Cache, x_t: Tensor) -> None:
+    """All steps in plain torch: x_t (rows, action_dim) float32 goes from noise to actions, in place.
+
+    Weights are as they came, not packed. The suffix's keys and values are written behind the prefix's.
+    """
+    for step, modulation in enumerate(schedule.modulation):
+        x = (x_t @ schedule.in_weights + schedule.in_bias[step]).to(layers[0].qkv.dtype)
+        for index, layer in enumerate(layers):
+            x = _layer_ref(layer, index, modulation[2 * index : 2 * index + 2], cache, x)
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + RMS_EPS)
+        normed = normed * (1 + modulation[-1, 0]) + modulation[-1, 1]
+        x_t += normed @ schedule.out_weights.T + schedule.out_bias
