@@ -158,7 +158,7 @@ def test_precision_and_numerics_reach_the_engine(checkpoints: Path, frames: list
     [
         ({"robot": "spot"}, ValueError, "unknown robot 'spot'; known: libero, droid, aloha"),
         ({"robot": "lerobot"}, ValueError, "robot 'lerobot' describes lerobot checkpoints"),
-        ({"engine": "warp"}, ValueError, "unknown engine 'warp'; known: eager"),
+        ({"engine": "warp"}, ValueError, "unknown engine 'warp'; known: .*eager"),
         ({"precision": "fp4"}, ValueError, "unknown precision 'fp4'; known: fp32, bf16"),
         ({"steps": 0}, ValueError, "steps must be an integer of at least 1"),
         ({"seed": -1}, ValueError, "seed must be a non-negative integer"),

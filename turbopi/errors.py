@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each told apart so that a server or a command can answer them properly."""
+"""Errors that are told apart, so that a server or a command can answer them properly. Most of them a user can cause."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint that is corrupt, incomplete, or not what it says it is."""
+
+
+class NonFiniteActionsError(RuntimeError):
+    """The model computed NaN or infinite actions, which no robot should be sent."""

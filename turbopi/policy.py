@@ -15,7 +15,7 @@ from .checkpoint import open_checkpoint
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.load import load_opened
 from .config import InvalidTokens, NumericsName, RuntimeConfig
-from .engine import Engine, Precision, create_engine, precision_dtype
+from .engine import Engine, Precision, TickEngine, create_engine, precision_dtype, sample_actions
 from .errors import InputError
 from .model import ModelInput
 from .model.inputs import check_noise
@@ -29,8 +29,6 @@ from .transforms import (
     load_tokenizer,
     robot_from_lerobot,
 )
-
-STAGES = ("encode_images", "prefill", "denoise")
 
 
 class Policy:
@@ -68,38 +66,43 @@ class Policy:
 
         Returns:
             "actions": (H, robot's dims); "policy_timing": milliseconds of the whole ("infer_ms"), of the transforms
-            ("transforms_ms"), and of each stage ("encode_images_ms", "prefill_ms", "denoise_ms").
+            ("transforms_ms"), of the model ("model_ms"), and, where the engine runs its stages one by one, of each of
+            them ("encode_images_ms", "prefill_ms", "denoise_ms").
 
         Raises:
             InputError: the observation or the noise cannot be used; the noise stream does not advance.
+            NonFiniteActionsError, ValueError: the model computed NaN or infinite actions.
         """
         start = time.perf_counter()
         arrays, context = self.transforms.inputs(observation)
         inputs = _batch_of_one(arrays)
-        inputs.check(self.engine.config)
+        inputs.check(self.engine.config, uint8_images=self.transforms.uint8_images)
         first_noise = self._next_noise() if noise is None else self._given_noise(noise)
-        times = [time.perf_counter()]
-
-        def finish_stage() -> None:
-            self.engine.synchronize()
-            times.append(time.perf_counter())
-
-        image_tokens = self.engine.encode_images(inputs.images, inputs.image_mask)
-        finish_stage()
-        cache = self.engine.prefill(image_tokens, inputs.image_mask, inputs.tokens, inputs.token_mask)
-        finish_stage()
-        actions = self.engine.denoise(cache, inputs.state, first_noise, self.runtime.steps).cpu()
-        finish_stage()
+        stage_ms: dict[str, float] = {}
+        begin = time.perf_counter()
+        actions = sample_actions(self.engine, inputs, first_noise, self.runtime.steps, stage_ms)
+        model_ms = sum(stage_ms.values()) or 1e3 * (time.perf_counter() - begin)
         result = self.transforms.outputs(actions[0].numpy(), context)
-        end = time.perf_counter()
-        timing = {f"{stage}_ms": 1e3 * (b - a) for stage, a, b in zip(STAGES, times, times[1:], strict=False)}
-        timing["transforms_ms"] = 1e3 * (times[0] - start + end - times[-1])
-        return {**result, "policy_timing": {"infer_ms": 1e3 * (end - start), **timing}}
+        infer_ms = 1e3 * (time.perf_counter() - start)
+        timing = {"infer_ms": infer_ms, "transforms_ms": infer_ms - model_ms, "model_ms": model_ms}
+        stages = {f"{stage}_ms": value for stage, value in stage_ms.items()}
+        return {**result, "policy_timing": {**timing, **stages}}
+
+    def warm_up(self) -> None:
+        """Let the engine prepare for every observation that this robot can send; without it, the first ticks do."""
+        if not isinstance(self.engine, TickEngine):
+            return
+        cameras = self.transforms.robot.cameras
+        required = sum(camera.required for camera in cameras)
+        images = torch.uint8 if self.transforms.uint8_images else torch.float32
+        for count in range(required, len(cameras) + 1):
+            self.engine.warm_up(count, self.runtime.steps, images=images)
 
     def describe(self) -> dict[str, Any]:
         """Every choice that makes these actions what they are, as JSON values, for receipts."""
         return {
             "engine": self.engine.name,
+            "engine_details": self.engine.describe() if isinstance(self.engine, TickEngine) else {},
             "precision": self.engine.precision,
             "device": str(self.engine.device),
             "runtime": {f.name: getattr(self.runtime, f.name) for f in fields(self.runtime)},
@@ -177,7 +180,8 @@ def load_policy(
         path: openpi, lerobot or JAX checkpoint directory.
         robot: "libero", "droid", "aloha", "lerobot" (a lerobot checkpoint's own features), or a `Robot`. None: what the
             checkpoint says.
-        engine: "eager".
+        engine: "eager", "graphed", "compiled", "compiled-max", or "turbo"; the last prepares itself here for the
+            robot's observations.
         steps: flow-matching evaluations per chunk.
         precision: "fp32" or "bf16". None: bf16 on a GPU, fp32 on a CPU.
         seed: of the noise stream.
@@ -220,5 +224,8 @@ def load_policy(
         default_prompt=default_prompt,
     )
     model = load_opened(checkpoint, target, dtype, config=config, numerics=numerics, invalid_tokens=invalid_tokens)
-    transforms = replace(transforms, config=model.config)
-    return Policy(transforms, create_engine(engine, model, chosen), runtime)
+    runner = create_engine(engine, model, chosen)
+    uint8_images = isinstance(runner, TickEngine) and runner.accepts_uint8 and transforms.keeps_uint8
+    policy = Policy(replace(transforms, config=model.config, uint8_images=uint8_images), runner, runtime)
+    policy.warm_up()
+    return policy

@@ -12,7 +12,7 @@ ErrorKind = Literal["bad_request", "internal", "too_big", "protocol", "unauthori
 ERROR_KINDS: tuple[ErrorKind, ...] = (
     "bad_request", "internal", "too_big", "protocol", "unauthorized", "overloaded", "disconnected",
 )  # fmt: skip
-POLICY_STAGES = ("transforms", "encode_images", "prefill", "denoise")
+POLICY_STAGES = ("transforms", "model", "encode_images", "prefill", "denoise")
 SERVER_STAGES = ("decode", "queue", "infer", "total")
 BUCKETS_S = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,

@@ -144,20 +144,34 @@ def to_model(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((image * np.float32(2) - np.float32(1)).transpose(2, 0, 1))
 
 
-def image_to_model(
+def fit_image(
     value: Any, name: str, size: int, *, resize: ResizeName = "openpi", layout: ImageLayout = "auto"
 ) -> np.ndarray:
-    """A client's frame to the model's input, in one port's way: parse, resize with padding, scale.
+    """A client's frame at the model's size, in one port's way: parse, resize with padding.
 
     Returns:
-        (3, size, size) float32 in [-1, 1].
+        (size, size, 3): uint8 for openpi, float32 in [0, 1] for lerobot.
 
     Raises:
         InputError: as `parse_image` and the two resizes.
     """
     image = parse_image(value, name, layout, keep_float=resize == "lerobot")
     if resize == "openpi":
-        return to_model(resize_with_pad(image, size, name))
+        return resize_with_pad(image, size, name)
     if image.dtype == np.uint8:
         image = image.astype(np.float32) / np.float32(255)
-    return to_model(resize_with_pad_float(image, size, name))
+    return resize_with_pad_float(image, size, name)
+
+
+def image_to_model(
+    value: Any, name: str, size: int, *, resize: ResizeName = "openpi", layout: ImageLayout = "auto"
+) -> np.ndarray:
+    """A client's frame to the model's input: `fit_image`, scaled.
+
+    Returns:
+        (3, size, size) float32 in [-1, 1].
+
+    Raises:
+        InputError: as `fit_image`.
+    """
+    return to_model(fit_image(value, name, size, resize=resize, layout=layout))

@@ -15,7 +15,7 @@ import numpy as np
 from ..config import ModelConfig
 from ..errors import InputError
 from .actions import absolute_actions
-from .images import ResizeName, image_to_model
+from .images import ResizeName, fit_image, to_model
 from .normalize import CONVENTIONS, Convention, DatasetStats, Normalizer, NormMode
 from .prompt import PromptFormat, PromptTokenizer
 from .robot import Robot
@@ -27,7 +27,7 @@ class ModelArrays:
     """One observation as the model takes it.
 
     Attributes:
-        images: (cameras, 3, S, S) float32 in [-1, 1]; a missing camera is -1.
+        images: (cameras, 3, S, S) float32 in [-1, 1]; a missing camera is -1. Or uint8, and 0.
         image_mask: (cameras,) bool.
         tokens: (T,) int64.
         token_mask: (T,) bool.
@@ -58,7 +58,10 @@ class RequestContext:
 
 @dataclass(frozen=True, eq=False)
 class PolicyTransforms:
-    """The transforms of one policy. Stateless: safe to share between clients. Made by `build_transforms`."""
+    """The transforms of one policy. Stateless: safe to share between clients. Made by `build_transforms`.
+
+    With `uint8_images` frames stay uint8, for an engine that scales them itself.
+    """
 
     config: ModelConfig
     robot: Robot
@@ -68,6 +71,16 @@ class PolicyTransforms:
     resize: ResizeName
     absolute_mask: tuple[bool, ...] | None
     default_prompt: str | None
+    uint8_images: bool = False
+
+    def __post_init__(self) -> None:
+        if self.uint8_images and not self.keeps_uint8:
+            raise ValueError(f"resize {self.resize!r} makes floats of frames, so images cannot be left as uint8")
+
+    @property
+    def keeps_uint8(self) -> bool:
+        """Whether frames are still uint8 when they have the model's size; lerobot resizes floats."""
+        return self.resize == "openpi"
 
     def inputs(self, observation: Mapping[str, Any]) -> tuple[ModelArrays, RequestContext]:
         """An observation, in the robot's keys, to the model's arrays.
@@ -95,18 +108,15 @@ class PolicyTransforms:
     def _images(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         size = self.config.vision.image_size
         frames = self.robot.read_images(observation)
-        images = np.full((self.config.cameras, 3, size, size), -1.0, np.float32)
+        shape = (self.config.cameras, 3, size, size)
+        images = np.zeros(shape, np.uint8) if self.uint8_images else np.full(shape, -1.0, np.float32)
         mask = np.zeros(self.config.cameras, bool)
         present = [c for c in self.robot.cameras if c.key in frames]
         for slot, camera in enumerate(present if self.robot.missing_last else self.robot.cameras):
             if camera.key in frames:
-                images[slot] = image_to_model(
-                    frames[camera.key],
-                    self.robot.image_name(camera),
-                    size,
-                    resize=self.resize,
-                    layout=self.robot.image_layout,
-                )
+                name = self.robot.image_name(camera)
+                frame = fit_image(frames[camera.key], name, size, resize=self.resize, layout=self.robot.image_layout)
+                images[slot] = frame.transpose(2, 0, 1) if self.uint8_images else to_model(frame)
                 mask[slot] = True
         return images, mask
 

@@ -1,0 +1,5 @@
+"""The turbo engine: π0 and π0.5 as fast as the hardware allows, with the reference's answer."""
+
+from .engine import Tick, TurboEngine, create_turbo
+
+__all__ = ["Tick", "TurboEngine", "create_turbo"]

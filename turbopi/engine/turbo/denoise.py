@@ -1,0 +1,129 @@
+"""Stage 3 over static buffers: noise to actions in Euler steps (SPEC 1.4 and 1.5).
+
+`DenoiseLoop` is the seam: `RowsLoop` runs any batch and any configuration; a loop made for one case stands beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...model import Pi0
+from ...quant.fold import FoldedState, Schedule, make_schedule
+from .buffers import Buffers, DenoiseBuffers, RequestBuffers
+from .graphs import ieee_float32
+from .ops import Ops
+from .weights import TurboWeights
+
+
+class DenoiseLoop(Protocol):
+    """A way to run all steps for one batch."""
+
+    name: str
+
+    def prepare(self, steps: int) -> None:
+        """Make everything that depends on the number of steps. Allocates; done before a capture, not in it."""
+
+    def run(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+        """From request.noise, request.state and the cache in buffers.prefill to buffers.denoise.x_t.
+
+        Only launches: no allocation, no waiting. `prepare(steps)` came before.
+        """
+
+
+class Schedules:
+    """The folded schedules of the numbers of steps that were asked for, made once each and shared by all loops."""
+
+    def __init__(self, model: Pi0) -> None:
+        self._model = model
+        self._made: dict[int, Schedule] = {}
+
+    def __call__(self, steps: int) -> Schedule:
+        """The schedule of `steps`; raises ValueError if that is less than 1."""
+        if steps not in self._made:
+            with ieee_float32():
+                self._made[steps] = make_schedule(self._model, steps)
+        return self._made[steps]
+
+
+class RowsLoop:
+    """Products over all rows of the batch, one kernel after another: any batch, any configuration."""
+
+    name = "rows"
+
+    def __init__(self, config: ModelConfig, weights: TurboWeights, ops: Ops, schedules: Schedules) -> None:
+        self._config = config
+        self._weights = weights
+        self._ops = ops
+        self._schedules = schedules
+
+    def prepare(self, steps: int) -> None:
+        """Fold the schedule."""
+        self._schedules(steps)
+
+    def run(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+        """See `DenoiseLoop`."""
+        schedule, b = self._schedules(steps), buffers.denoise
+        state = self._weights.expert.state
+        b.x_t.copy_(request.noise.view_as(b.x_t))
+        if state is not None:
+            torch.addmm(state.state.bias, request.state, state.state.weight.t(), out=b.state_token)
+        for step in range(steps):
+            self._suffix(schedule, step, state, b)
+            modulation = None if schedule.modulation is None else schedule.modulation[step]
+            self._tower(modulation, request, buffers)
+            out = schedule.action_out
+            self._ops.action_out(b.normed, out.weight, out.bias, b.x_t, self._config.horizon)
+
+    def _suffix(self, schedule: Schedule, step: int, state: FoldedState | None, b: DenoiseBuffers) -> None:
+        """x_t to suffix rows. For π0 the state token comes first, and actions pass the rest of the action-time MLP."""
+        into, horizon = schedule.action_in, self._config.horizon
+        if state is None:
+            self._ops.action_in(b.x_t, into.weight, into.bias[step], b.x, horizon)
+            return
+        self._ops.action_in(b.x_t, into.weight, into.bias[step], b.mixed, horizon, "silu")
+        self._ops.matmul(b.mixed, state.mix.weight, b.projected, bias=state.mix.bias)
+        by_sample = b.x.view(len(b.state_token), horizon + 1, -1)
+        by_sample[:, 0].copy_(b.state_token)
+        by_sample[:, 1:].copy_(b.projected.view(len(b.state_token), horizon, -1))
+
+    def _tower(self, modulation: Tensor | None, request: RequestBuffers, buffers: Buffers) -> None:
+        """b.x through the layers and the final norm into b.normed; modulation (2·depth+1, 3, width) or None."""
+        b, cache, ops, weights = buffers.denoise, buffers.prefill, self._ops, self._weights
+        suffix, state_token = self._config.suffix_tokens, self._config.kind == "pi0"
+        scale, shift, gate = _norm(modulation, 0)
+        ops.rms_norm(b.x, b.normed, scale, shift)
+        for layer, block in enumerate(weights.expert.blocks):
+            keys, values, lengths = cache.keys[layer], cache.values[layer], request.lengths
+            ops.matmul(b.normed, block.qkv, b.qkv)
+            ops.rotate_and_store(b.qkv, weights.cos, weights.sin, lengths, b.q, keys, values, suffix)
+            ops.attention_split(
+                b.q,
+                keys,
+                values,
+                lengths,
+                b.attended,
+                suffix,
+                b.partial,
+                b.partial_lse,
+                extra=suffix,
+                state_token=state_token,
+            )
+            ops.matmul(b.attended, block.out, b.update)
+            scale, shift, next_gate = _norm(modulation, 2 * layer + 1)
+            ops.gated_residual_norm(b.x, b.update, gate, scale, shift, b.normed)
+            ops.geglu_matmul(b.normed, block.gate_up, b.gate_up, b.hidden)
+            ops.matmul(b.hidden, block.down, b.update)
+            scale, shift, gate = _norm(modulation, 2 * layer + 2)
+            ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, b.normed)
+
+
+def _norm(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scale, shift and gate of one norm, each (width,) float32, or nothing for a plain norm."""
+    if modulation is None:
+        return None, None, None
+    scale, shift, gate = modulation[index]
+    return scale, shift, gate

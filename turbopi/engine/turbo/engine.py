@@ -1,0 +1,357 @@
+"""The turbo engine: the three stages over static buffers, each stage and the whole tick a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...errors import NonFiniteActionsError
+from ...model import ModelInput, Pi0, PrefixCache
+from ...model.inputs import check_noise
+from ..base import STAGES, Precision, register_engine
+from ..capture import CudaGraphRecorder, Recorder
+from .arena import Arena, Request
+from .buckets import Bucket, Layout, bucket_for_rows, camera_places, lay_out, token_buckets
+from .buffers import Buffers, RequestBuffers
+from .cache import TurboCache, check_foreign, copy_in, hand_out
+from .checks import check_device, check_model, check_stage_input, too_large
+from .denoise import DenoiseLoop, RowsLoop, Schedules
+from .graphs import GraphSet, ieee_float32
+from .ops import TWINS, Ops, triton_ops
+from .persistent import PersistentLoop, obstacles
+from .prefill import prefill
+from .vision import encode
+from .weights import fold_model
+
+
+class TurboEngine:
+    """π0 and π0.5 through fused kernels, cuBLAS and CUDA graphs. Equal to the reference within rounding.
+
+    A request goes into the smallest bucket (batch, valid cameras, prompt length in steps of 16) that holds it. A
+    bucket's graphs are captured at `warm_up` or when it is first seen; within a bucket nothing is captured, allocated
+    or waited for until the actions are read. Not for use from two threads at once.
+
+    Args:
+        model: the reference on its device. It is only read, shares its token embedding, and must not move.
+        precision: "bf16", or "fp32" for audits.
+        ops: what to launch.
+        recorder: what captures; None launches everything anew each time, on any device.
+
+    Raises:
+        ValueError: a model that the kernels cannot run; names the engine that can.
+        RuntimeError: too little GPU memory.
+    """
+
+    name = "turbo"
+    accepts_uint8 = True
+
+    def __init__(self, model: Pi0, precision: Precision, ops: Ops, recorder: Recorder | None) -> None:
+        check_model(model, precision)
+        self.precision = precision
+        self.config: ModelConfig = model.config
+        self.device = next(model.parameters()).device
+        self._ops = ops
+        try:
+            with ieee_float32():
+                self._weights = fold_model(model)
+        except torch.OutOfMemoryError as error:
+            raise too_large("the folded weights", error) from error
+        self._schedules = Schedules(model)
+        self._graphs = GraphSet(recorder)
+        self._loops: dict[int, DenoiseLoop] = {}
+        self._arenas: dict[int, Arena] = {}
+        self._generations: dict[int, int] = {}
+
+    # Parts that are made once
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Kernels go to the current device's stream, which in a server's thread need not be this one's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _arena(self, batch: int) -> Arena:
+        if batch not in self._arenas:
+            weights = self._weights
+            try:
+                arena = Arena(self.config, batch, weights.dtype, weights.vision_dtype, self.device)
+            except torch.OutOfMemoryError as error:
+                raise too_large(f"the buffers for a batch of {batch}", error) from error
+            self._arenas[batch] = arena
+        return self._arenas[batch]
+
+    def _loop(self, batch: int) -> DenoiseLoop:
+        """Which loop runs a batch. A fixed rule, told by `describe`: what one loop cannot run is never tried on it."""
+        if batch not in self._loops:
+            loop: DenoiseLoop
+            if self._ops.name == TWINS or obstacles(self.config, self._weights, batch):
+                loop = RowsLoop(self.config, self._weights, self._ops, self._schedules)
+            else:
+                loop = PersistentLoop(self.config, self._weights, self._schedules)
+            self._loops[batch] = loop
+        return self._loops[batch]
+
+    def _next_generation(self, batch: int) -> int:
+        """What earlier caches of this batch size showed is about to be overwritten."""
+        self._generations[batch] = self._generations.get(batch, 0) + 1
+        return self._generations[batch]
+
+    # The work of each stage
+
+    def _vision(self, request: RequestBuffers, buffers: Buffers) -> None:
+        encode(self.config.vision, self._weights.vision, self._ops, request.images, buffers.vision)
+
+    def _prefill(self, request: RequestBuffers, buffers: Buffers) -> None:
+        prefill(self.config, self._weights, self._ops, request, buffers)
+
+    def _denoise(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+        self._loop(buffers.bucket.batch).run(request, buffers, steps)
+        finite = torch.isfinite(buffers.denoise.x_t).all()
+        buffers.finite.copy_(finite)
+
+    def _tick(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+        self._vision(request, buffers)
+        self._prefill(request, buffers)
+        self._denoise(request, buffers, steps)
+
+    def _work(self, stage: str, request: Request, buffers: Buffers, steps: int) -> tuple[object, Callable[[], None]]:
+        """The key of a stage's graph, or of the whole "tick"'s, and what it launches."""
+        bucket, inputs = buffers.bucket, request.device
+        images = inputs.images.dtype
+        if stage == "encode_images":
+            # The prompt's bucket decides where the images lie.
+            return (stage, bucket, images), partial(self._vision, inputs, buffers)
+        if stage == "prefill":
+            return (stage, bucket), partial(self._prefill, inputs, buffers)
+        self._loop(bucket.batch).prepare(steps)
+        if stage == "denoise":
+            return (stage, bucket, steps), partial(self._denoise, inputs, buffers, steps)
+        return (stage, bucket, images, steps), partial(self._tick, inputs, buffers, steps)
+
+    def _run(self, stage: str, request: Request, buffers: Buffers, steps: int = 0) -> None:
+        with self._on_device():
+            self._graphs.run(*self._work(stage, request, buffers, steps))
+
+    # A whole tick
+
+    @torch.no_grad()
+    def sample_actions(self, input: ModelInput, noise: Tensor, steps: int) -> Tensor:  # noqa: A002
+        """See `TickEngine`. The input should be on the CPU; earlier PrefixCaches of this batch size are gone after it.
+
+        Raises InputError for shapes and dtypes that do not fit, and for a prompt of more than `max_tokens`.
+        """
+        tick = self.place(input, noise, steps)
+        tick.upload()
+        tick.launch()
+        return tick.read()
+
+    @torch.no_grad()
+    def place(self, input: ModelInput, noise: Tensor, steps: int) -> Tick:  # noqa: A002
+        """Write a request into its bucket's pinned memory. The next `place` of the batch size writes over it."""
+        input.check_shapes(self.config, uint8_images=True)
+        batch = len(input.tokens)
+        check_noise(noise, batch, self.config)
+        arena = self._arena(batch)
+        layout = lay_out(self.config, input.image_mask, input.tokens, input.token_mask)
+        request = arena.request(layout.bucket, input.images.dtype)
+        _write(request.host, layout, input, noise)
+        self._next_generation(batch)
+        return Tick(self, arena, request, arena.buffers(layout.bucket), steps)
+
+    @torch.no_grad()
+    def warm_up(self, cameras: int, steps: int, batch: int = 1, images: torch.dtype = torch.uint8) -> None:
+        """Capture the whole tick of every prompt bucket for `cameras` valid cameras and images of one dtype."""
+        arena = self._arena(batch)
+        self._next_generation(batch)
+        for tokens in reversed(token_buckets(self.config)):
+            buffers = arena.buffers(Bucket(batch, cameras, tokens))
+            request = arena.request(buffers.bucket, images)
+            _write_blank(request.device, buffers.rows)
+            with self._on_device():
+                self._graphs.ensure(*self._work("tick", request, buffers, steps))
+        self.synchronize()
+
+    def describe(self) -> dict[str, Any]:
+        """See `TickEngine`."""
+        return {
+            "ops": self._ops.name,
+            "denoise_loop": {str(batch): loop.name for batch, loop in sorted(self._loops.items())},
+            "not_persistent": {
+                str(batch): "; ".join(obstacles(self.config, self._weights, batch))
+                for batch, loop in sorted(self._loops.items())
+                if loop.name != PersistentLoop.name
+            },
+            "graphs": self._graphs.recorded,
+        }
+
+    # The stages one at a time
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
+        """Stage 1; see `Engine`. Images may be uint8. Missing cameras are not computed: their tokens are zeros."""
+        places, most = camera_places(image_mask)
+        batch, size = len(places), self.config.vision.image_size
+        shape = (batch, self.config.cameras, 3, size, size)
+        check_stage_input("images", images, shape, (torch.float32, torch.uint8))
+        arena = self._arena(batch)
+        buffers = arena.buffers(Bucket(batch, most, token_buckets(self.config)[0]))
+        request = arena.request(buffers.bucket, images.dtype)
+        for sample, place, camera in _placed(places):
+            request.device.images[sample, place].copy_(images[sample, camera], non_blocking=True)
+        self._run("encode_images", request, buffers)
+        by_camera = (self.config.vision.tokens, self.config.vlm.width)
+        encoded = buffers.vision.image_tokens.view(batch, most, *by_camera)
+        tokens = encoded.new_zeros(batch, self.config.cameras, *by_camera)
+        for sample, place, camera in _placed(places):
+            tokens[sample, camera].copy_(encoded[sample, place])
+        return tokens
+
+    @torch.no_grad()
+    def prefill(self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> TurboCache:
+        """Stage 2; see `Engine`. The cache is valid as `TurboCache` says.
+
+        Raises InputError for a prompt of more than `max_tokens`.
+        """
+        layout = lay_out(self.config, image_mask, tokens, token_mask)
+        batch, by_camera = layout.bucket.batch, (self.config.vision.tokens, self.config.vlm.width)
+        shape = (batch, self.config.cameras, *by_camera)
+        check_stage_input("image_tokens", image_tokens, shape, (self._weights.dtype, self._weights.vision_dtype))
+        arena = self._arena(batch)
+        generation = self._next_generation(batch)
+        buffers = arena.buffers(layout.bucket)
+        request = arena.request(layout.bucket, torch.float32)
+        static = buffers.vision.image_tokens.view(batch, layout.bucket.cameras, *by_camera)
+        for sample, place, camera in _placed(layout.places):
+            static[sample, place].copy_(image_tokens[sample, camera])
+        _write_prompt(request.device, layout)
+        self._run("prefill", request, buffers)
+        return hand_out(buffers, layout.lengths, generation)
+
+    @torch.no_grad()
+    def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Stage 3; see `Engine`. Its own latest cache is used in place, one from elsewhere is copied in.
+
+        Raises:
+            RuntimeError: something was computed over this cache since; see `TurboCache`.
+            ValueError: a cache from elsewhere whose lengths are not its number of valid tokens, or that is too long.
+        """
+        batch, config = len(cache.lengths), self.config
+        check_stage_input("state", state, (batch, config.state_dim), (torch.float32,))
+        check_stage_input("noise", noise, (batch, config.horizon, config.action_dim), (torch.float32,))
+        arena = self._arena(batch)
+        if isinstance(cache, TurboCache) and cache.unchanged:
+            if cache.generation != self._generations.get(batch):
+                raise RuntimeError(
+                    "something was computed over this PrefixCache since it was made: run denoise first, or clone its "
+                    "tensors into a PrefixCache to keep them"
+                )
+            buffers = cache.buffers
+        else:
+            check_foreign(cache)
+            buffers = arena.buffers(bucket_for_rows(self.config, batch, int(cache.lengths.max())))
+            self._next_generation(batch)
+            copy_in(cache, buffers)
+        request = arena.request(buffers.bucket, torch.float32)
+        request.device.lengths.copy_(cache.lengths)
+        request.device.state.copy_(state)
+        request.device.noise.copy_(noise)
+        self._run("denoise", request, buffers, steps)
+        return buffers.denoise.x_t.view(noise.shape).clone()
+
+    def synchronize(self) -> None:
+        """Wait for the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Tick:
+    """One request in its bucket, step by step, so that each can be timed: upload, launch, read."""
+
+    def __init__(self, engine: TurboEngine, arena: Arena, request: Request, buffers: Buffers, steps: int) -> None:
+        self._engine, self._arena, self._request, self._buffers = engine, arena, request, buffers
+        self.steps = steps
+
+    @property
+    def bucket(self) -> Bucket:
+        """Where the request was put."""
+        return self._buffers.bucket
+
+    def upload(self) -> None:
+        """Start the copy of the inputs to the device."""
+        self._arena.upload(self._request)
+
+    def launch(self) -> None:
+        """Start the computation; the first of a bucket captures it."""
+        self._engine._run("tick", self._request, self._buffers, self.steps)
+
+    def launch_stage(self, stage: str) -> None:
+        """Start one of `STAGES` alone. Raises ValueError for another name."""
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
+        self._engine._run(stage, self._request, self._buffers, self.steps)
+
+    def read(self) -> Tensor:
+        """Wait, and return the actions (B,H,32) float32 on the CPU.
+
+        Raises NonFiniteActionsError where they hold NaN or infinite values.
+        """
+        host = self._arena.host_outcome
+        host.copy_(self._buffers.outcome, non_blocking=True)
+        if self._engine.device.type == "cuda":
+            torch.cuda.current_stream(self._engine.device).synchronize()
+        if not float(host[-1]):
+            raise NonFiniteActionsError(
+                f"the engine 'turbo' in {self._engine.precision} computed NaN or infinite actions; check the weights "
+                "(`turbo-pi doctor`), and whether the engine 'eager' in fp32 computes the same"
+            )
+        return host[:-1].view(self._request.host.noise.shape).clone()
+
+
+def _placed(places: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(sample, place, camera) of every valid camera."""
+    return [(sample, place, camera) for sample, row in enumerate(places) for place, camera in enumerate(row)]
+
+
+def _write_prompt(request: RequestBuffers, layout: Layout) -> None:
+    request.lengths.copy_(torch.from_numpy(layout.lengths))
+    request.first.copy_(torch.from_numpy(layout.first))
+    request.tokens.copy_(torch.from_numpy(layout.prompt))
+
+
+def _write(request: RequestBuffers, layout: Layout, values: ModelInput, noise: Tensor) -> None:
+    """A request into its buffers. Places without a camera are zeroed: what lay there may not be a number."""
+    _write_prompt(request, layout)
+    request.state.copy_(values.state)
+    request.noise.copy_(noise)
+    for sample, row in enumerate(layout.places):
+        request.images[sample, len(row) :].zero_()
+    for sample, place, camera in _placed(layout.places):
+        _copy_image(request.images[sample, place], values.images[sample, camera])
+
+
+def _copy_image(to: Tensor, image: Tensor) -> None:
+    """By numpy where both are on the host: torch would wake all its threads for 150 KB, which takes longer."""
+    if to.device.type == "cpu" and image.device.type == "cpu" and to.dtype == image.dtype:
+        np.copyto(to.numpy(), image.numpy())
+    else:
+        to.copy_(image)
+
+
+def _write_blank(request: RequestBuffers, rows: int) -> None:
+    """Zeros of full length, to capture with: an attention over nothing would be a division by zero."""
+    for tensor in (request.first, request.tokens, request.state, request.noise, request.images):
+        tensor.zero_()
+    request.lengths.fill_(rows)
+
+
+@register_engine("turbo")
+def create_turbo(model: Pi0, precision: Precision) -> TurboEngine:
+    """On the model's GPU, with kernels and graphs."""
+    device = next(model.parameters()).device
+    check_device(device)
+    return TurboEngine(model, precision, triton_ops(), CudaGraphRecorder(device))

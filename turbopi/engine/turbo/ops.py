@@ -1,0 +1,152 @@
+"""The operations that the turbo engine is put together from: GPU kernels, or their plain-torch twins.
+
+The assembly is the same for both, so that it is tested on a CPU in float32 against the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ... import kernels
+
+Activation = Literal["none", "gelu"]
+
+
+TWINS = "twins"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """A table of operations. Those without a note are of `turbopi.kernels`, with their arguments.
+
+    Attributes:
+        matmul: (x (M,K), weight (N,K), out (M,N), bias, activation, residual) -> None; see `cublas_matmul`.
+        geglu_matmul: (x (M,K), weight (2F,K), gate_up (M,2F) scratch, out (M,F)) -> None.
+        vision_attention: (qkv (n·S,3·W), out (n·S,W) to use or not, heads, rows_per_image) -> attended (n·S,W).
+    """
+
+    name: str
+    matmul: Callable[..., None]
+    geglu_matmul: Callable[..., None]
+    vision_attention: Callable[..., Tensor]
+    patches: Callable[..., None]
+    embed_tokens: Callable[..., None]
+    layer_norm: Callable[..., None]
+    rms_norm: Callable[..., None]
+    gated_residual_norm: Callable[..., None]
+    rotate_and_store: Callable[..., None]
+    attention: Callable[..., None]
+    attention_split: Callable[..., None]
+    action_in: Callable[..., None]
+    action_out: Callable[..., None]
+
+
+def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int) -> Tensor:
+    """Attention of each image's rows among themselves, through torch's fused kernels, which make their own output.
+
+    qkv (n·S,3·W) holds q, k, v one after the other, q scaled by head_dim^-0.5.
+    """
+    q, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return attended.transpose(1, 2).reshape(out.shape)
+
+
+def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int) -> Tensor:
+    """`sdpa_vision_attention` through the Triton kernel, which reads q, k and v where they stand; written to out."""
+    _, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
+    kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image)
+    return out
+
+
+def twin_matmul(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """Twin of `cublas_matmul`."""
+    kernels.linear_ref(x, weight, out, bias=bias, activation=activation, residual=residual)
+
+
+def cublas_matmul(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """out (M,N) = activation(x (M,K) · weight (N,K)ᵀ + bias (N,)) + residual (M,N); `residual` may be `out`.
+
+    By the library where it has the epilogue (a bias, a bias with tanh-GELU, an addend), else by the Triton product.
+    """
+    if activation == "gelu" and bias is not None and residual is None and out.dtype != torch.float32:
+        torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
+        return
+    addend = residual if bias is None else bias
+    if activation == "gelu" or (bias is not None and residual is not None):
+        kernels.linear(x, weight, out, bias=bias, activation=activation, residual=residual)
+    elif addend is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(addend, x, weight.t(), out=out)
+
+
+def cublas_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    """out (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ), weight (2F,K) holding gate, then up; gate_up (M,2F) is scratch."""
+    torch.mm(x, weight.t(), out=gate_up)
+    kernels.geglu(gate_up, out)
+
+
+def twin_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
+    """Twin of `cublas_geglu_matmul`."""
+    torch.mm(x, weight.t(), out=gate_up)
+    kernels.geglu_ref(gate_up, out)
+
+
+def triton_ops() -> Ops:
+    """cuBLAS for the large products, Triton for the rest."""
+    return Ops(
+        name="cublas+triton",
+        matmul=cublas_matmul,
+        geglu_matmul=cublas_geglu_matmul,
+        vision_attention=sdpa_vision_attention,
+        patches=kernels.patches,
+        embed_tokens=kernels.embed_tokens,
+        layer_norm=kernels.layer_norm,
+        rms_norm=kernels.rms_norm,
+        gated_residual_norm=kernels.gated_residual_norm,
+        rotate_and_store=kernels.rotate_and_store,
+        attention=kernels.attention,
+        attention_split=kernels.attention_split,
+        action_in=kernels.action_in,
+        action_out=kernels.action_out,
+    )
+
+
+def twin_ops() -> Ops:
+    """Plain torch, any device: for tests, and for finding out which kernel is wrong."""
+    return Ops(
+        name=TWINS,
+        matmul=twin_matmul,
+        geglu_matmul=twin_geglu_matmul,
+        vision_attention=sdpa_vision_attention,
+        patches=kernels.patches_ref,
+        embed_tokens=kernels.embed_tokens_ref,
+        layer_norm=kernels.layer_norm_ref,
+        rms_norm=kernels.rms_norm_ref,
+        gated_residual_norm=kernels.gated_residual_norm_ref,
+        rotate_and_store=kernels.rotate_and_store_ref,
+        attention=kernels.attention_ref,
+        attention_split=kernels.attention_split_ref,
+        action_in=kernels.action_in_ref,
+        action_out=kernels.action_out_ref,
+    )

@@ -1,0 +1,1 @@
+"""Weights in other forms: folded into fewer and larger products (`fold`)."""
