@@ -1,5 +1,6 @@
 """Measurements that leave a receipt."""
 
 from .receipt import machine, summary, write_receipt
+from .workloads import WORKLOADS, Workload, workload
 
-__all__ = ["machine", "summary", "write_receipt"]
+__all__ = ["WORKLOADS", "Workload", "machine", "summary", "workload", "write_receipt"]

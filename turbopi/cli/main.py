@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from .bench import bench
 from .compare import compare
 from .convert import convert
 from .demos import demos
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "serve": serve,
     "eval": eval_,
     "compare": compare,
+    "bench": bench,
     "demos": demos,
     "train": train,
     "doctor": doctor,

@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from turbopi.cli.main import main
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--preset", "pi05-tiny", "--device", "cpu", *(str(a) for a in arguments)])
+    return int(exit_.value.code or 0)
+
+
+def test_a_receipt_and_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sub" / "r.json"
+    few = ("--calls", 2, "--warmup", 1, "--blocks", 1, "--steps", 1, "--prompt-tokens", 7, "--batch", 1, 2)
+    assert run(*few, "--hz", 50, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "batch 2, 39 prefix tokens" in said
+    receipt = json.loads(out.read_text())
+    assert receipt["config"]["workload"]["name"] == "libero-prompt-tokens7-steps1"
+    assert receipt["config"]["precision"] == "fp32"
+    assert [r["subjects"]["eager"]["call"]["count"] for r in receipt["results"]["runs"]] == [2, 2]
+    assert out.with_suffix(".html").is_file()
+
+
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.json"
+    assert run("--what", "memory", "--prompt-lengths", 3, "--stage-calls", 1, "--steps", 1, "--out", out) == 0
+    assert "working set" in capsys.readouterr().out
+    assert json.loads(out.read_text())["results"]["ticks"]["eager"][0]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "warp"], "unknown engine 'warp'"),
+        (["--engines", "graphed"], "use the engine 'eager'"),
+        (["--peer", "lerobot"], "published pi05 sizes only"),
+        (["--views", "4"], "has 4 views, the model has 3"),
+        (["--batch", "0"], "between 1 and 256"),
+    ],
+)
+def test_errors_take_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--calls", 1, "--blocks", 1, "--out", tmp_path / "r.json") == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "r.json").exists()

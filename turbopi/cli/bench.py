@@ -1,0 +1,191 @@
+"""`turbo-pi bench`: latency receipts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .init import Preset
+
+if TYPE_CHECKING:
+    from ..bench import Workload
+    from ..bench.latency import LatencyConfig
+    from ..bench.memory import MemoryConfig
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time, and on what.
+
+    Attributes:
+        what: latency, or memory: bandwidth against the working set, and a tick against the prefix's length.
+        workload: libero (2 views, 40 prompt tokens, 10 actions), droid (2, 80, 15) or full (3, 200, 50).
+        preset: sizes of the model; pi0 and pi05 are the published ones.
+        engines: by name, in turns on the same weights.
+        precision: fp32 or bf16. Default: bf16 on a GPU, fp32 on a CPU.
+        device: auto, cpu, cuda, cuda:1, ...
+        batch: observations at once, 1 to 256; several give a run each.
+        calls: timed whole calls of each engine.
+        stage_calls: timed ticks taken apart. Default: a fifth of the calls; for memory, 100 at each length.
+        warmup: untimed calls.
+        blocks: turns into which the calls are divided; the first engine runs one more at the end.
+        hz: control rate whose deadline is counted.
+        views: cameras, instead of the workload's.
+        prompt_tokens: valid prompt tokens, instead of the workload's.
+        horizon: actions, instead of the workload's.
+        steps: flow-matching evaluations, instead of 10.
+        prompt_lengths: points of the memory curve. Default: both sides of every multiple of 16.
+        peer: other implementations to time beside the engines, if they are installed.
+        seed: of the hash weights.
+        threads: of torch on a CPU. Default: torch's own choice.
+        out: receipt to write. Default: bench_<what>_<preset>_<workload>.json here.
+    """
+
+    what: Literal["latency", "memory"] = "latency"
+    workload: Literal["libero", "droid", "full"] = "libero"
+    preset: Preset = "pi05"
+    engines: tuple[str, ...] = ("eager",)
+    precision: Literal["fp32", "bf16"] | None = None
+    device: str = "auto"
+    batch: tuple[int, ...] = (1,)
+    calls: int = 1000
+    stage_calls: int | None = None
+    warmup: int = 10
+    blocks: int = 10
+    hz: float = 20.0
+    views: int | None = None
+    prompt_tokens: int | None = None
+    horizon: int | None = None
+    steps: int | None = None
+    prompt_lengths: tuple[int, ...] = ()
+    peer: tuple[Literal["lerobot", "lerobot-compiled"], ...] = ()
+    seed: int = 7
+    threads: int | None = None
+    out: Path | None = None
+
+    def shape(self) -> Workload:
+        """The workload, under a name that says what is not as usual."""
+        from ..bench import workload
+
+        shape = workload(self.workload)
+        asked = {name: getattr(self, name) for name in ("views", "prompt_tokens", "horizon", "steps")}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        if not changes:
+            return shape
+        words = (f"{name.replace('_', '-')}{value}" for name, value in changes.items())
+        return dataclasses.replace(shape, name="-".join((shape.name, *words)), **changes)
+
+    def settings(self) -> LatencyConfig | MemoryConfig:
+        """What the measurement is given. Raises ValueError for values that cannot be measured."""
+        from ..bench.latency import LatencyConfig
+        from ..bench.memory import MemoryConfig
+        from ..config import preset
+        from ..policy import choose_device
+
+        device = choose_device(self.device)
+        common: dict[str, Any] = {
+            "model": preset(self.preset),
+            "workload": self.shape(),
+            "engines": self.engines,
+            "device": device,
+            "precision": self.precision or ("fp32" if device == "cpu" else "bf16"),
+            "seed": self.seed,
+            "warmup": self.warmup,
+        }
+        if self.what == "memory":
+            repeats = 100 if self.stage_calls is None else self.stage_calls
+            return MemoryConfig(**common, prompt_lengths=self.prompt_lengths, repeats=repeats)
+        return LatencyConfig(
+            **common,
+            peers=self.peer,
+            batches=self.batch,
+            calls=self.calls,
+            stage_calls=max(1, self.calls // 5) if self.stage_calls is None else self.stage_calls,
+            blocks=self.blocks,
+            hz=self.hz,
+        )
+
+
+_DEFAULTS = BenchOptions()
+
+
+def bench(options: Annotated[BenchOptions, tyro.conf.arg(name="")] = _DEFAULTS) -> int:
+    """Time engines side by side on random observations and hash weights. Writes a receipt and an HTML page beside it.
+
+    Args:
+        options: what to time, and on what.
+    """
+    import torch
+
+    from ..bench import write_receipt
+    from ..report import write_bench_report
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    settings = options.settings()
+    results = _measure(settings)
+    name = f"bench_{options.what}_{options.preset}_{settings.workload.name}.json"
+    path = write_receipt(options.out or Path(name), f"bench {options.what}", results, dataclasses.asdict(settings))
+    console = Console(soft_wrap=True)
+    for table in latency_tables(results) if options.what == "latency" else memory_tables(results):
+        console.print(table)
+    console.print(f"wrote {path} and {write_bench_report(path)}")
+    return 0
+
+
+def _measure(settings: LatencyConfig | MemoryConfig) -> dict[str, Any]:
+    from ..bench.latency import LatencyConfig, measure_latency
+    from ..bench.memory import measure_memory
+
+    with Console(stderr=True).status("starting") as status:
+        if isinstance(settings, LatencyConfig):
+            return measure_latency(settings, status.update)
+        return measure_memory(settings, status.update)
+
+
+def latency_tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Whole calls and stages, and what they reach of the device's ceilings."""
+    for run in results["runs"]:
+        title = f"batch {run['batch']}, {run['prefix_tokens']} prefix tokens, milliseconds"
+        names = ("p50", "p90", "p99", "p99.9", "max", "missed", "device", "beyond", "per s")
+        calls = Table("call", *names, title=title)
+        stages = Table(
+            "stage", "engine", "device ms", "least ms", "times", "TFLOP/s", "TB/s", title="against the floor"
+        )
+        for name, subject in run["subjects"].items():
+            calls.add_row(name, *_call_cells(subject))
+            for stage, row in subject.get("roofline", {}).items():
+                numbers = (row["measured_ms"], row["least_ms"], row["times_the_floor"], row["tflop_per_s"])
+                stages.add_row(stage, name, *(f"{value:.3g}" for value in (*numbers, row["tb_per_s"])))
+        yield calls
+        if stages.row_count:
+            yield stages
+
+
+def _call_cells(subject: dict[str, Any]) -> tuple[str, ...]:
+    call = subject["call"]
+    times = [f"{call[key]:.2f}" for key in ("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms")]
+    device = [f"{subject[key]:.2f}" if key in subject else "" for key in ("device_ms", "outside_device_ms")]
+    misses = f"{100 * call['deadline_miss_rate']:.1f} %"
+    return (*times, misses, *device, f"{call['samples_per_s']:.1f}")
+
+
+def memory_tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Bandwidth by working set, and ticks by prompt length."""
+    bandwidth = Table("working set MiB", "TB/s", title="reading again and again")
+    for point in results["bandwidth"]:
+        bandwidth.add_row(f"{point['bytes'] / 2**20:g}", f"{point['bytes_per_s'] / 1e12:.3f}")
+    yield bandwidth
+    ticks = Table("prompt", "prefix", *results["ticks"], title="device milliseconds of a tick, median")
+    for points in zip(*results["ticks"].values(), strict=True):
+        first = points[0]
+        cells = [f"{point['tick']['median_ms']:.2f}" for point in points]
+        ticks.add_row(str(first["prompt_tokens"]), str(first["prefix_tokens"]), *cells)
+    yield ticks
