@@ -6,7 +6,7 @@ BIN := .venv/bin
 .PHONY: demo test test-gpu lint format parity bench clean
 
 .venv/.demo: pyproject.toml scripts/setup.sh
-	scripts/setup.sh serve,client
+	scripts/setup.sh sim,client
 	@touch $@
 
 .venv/.dev: pyproject.toml scripts/setup.sh
@@ -20,7 +20,9 @@ test: .venv/.dev
 	$(BIN)/pytest --cov=turbopi --cov-report=term:skip-covered
 	$(BIN)/coverage report --include="turbopi/model/*,turbopi/transforms/*,turbopi/checkpoint/*" --fail-under=95 --format=total
 
+# Every test that needs a CUDA GPU. Fails at once where there is none, instead of skipping all of them.
 test-gpu: .venv/.dev
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch finds no CUDA GPU here")'
 	$(BIN)/pytest -m gpu
 
 lint: .venv/.dev

@@ -80,6 +80,7 @@ def gpu_state_during(work: Callable[[], object]) -> str | None:
         query = subprocess.Popen(_GPU_QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     except OSError:
         return None
+    work()
     while query.poll() is None:
         work()
     said = query.communicate()[0].strip()

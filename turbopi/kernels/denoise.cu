@@ -705,15 +705,32 @@ __device__ __forceinline__ void project(Ring& ring, u32& parity, const uint2* in
   const float factor = mine ? gate[column] : 0.0f;
   await<K / 2 / WRITTEN>(input + ((N - 1) * K + half * (K / 2)) / 2, WRITTEN / 2, round);
   constexpr int PAIRS = K / 8;  // of words, in a token's half
-  constexpr int BLOCKS = (PAIRS + THREADS - 1) / THREADS;
+  constexpr int BLOCKS = (PAIRS + THREADS - 1) / THREADS, AT_ONCE = BLOCKS * N <= 24 ? BLOCKS : 1;  // as registers allow
 #pragma unroll
-  for (int b = 0; b < BLOCKS; ++b) {
-    const int pair = b * THREADS + threadIdx.x;
-    if (pair >= PAIRS) break;
-    uint4 v[N];
-    read(input + (half * (K / 2) + pair * 4) / 2, K / 2, round, v);
+  for (int first = 0; first < BLOCKS; first += AT_ONCE) {
+    uint4 v[AT_ONCE][N];
+    bool all;
+    do {
+      all = true;
 #pragma unroll
-    for (int r = 0; r < N; ++r) *(uint2*)(rows + place<K / 64>(r, pair * 4)) = make_uint2(v[r].x, v[r].z);
+      for (int b = 0; b < AT_ONCE; ++b)
+#pragma unroll
+        for (int r = 0; r < N; ++r) {
+          const int pair = (first + b) * THREADS + threadIdx.x;
+          v[b][r] = ask(input + r * (K / 2) + (half * (K / 2) + (pair < PAIRS ? pair : PAIRS - 1) * 4) / 2);
+        }
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; ++b)
+#pragma unroll
+        for (int r = 0; r < N; ++r) all &= answered(v[b][r], round);
+    } while (!all);
+#pragma unroll
+    for (int b = 0; b < AT_ONCE; ++b)
+#pragma unroll
+      for (int r = 0; r < N; ++r) {
+        const int pair = (first + b) * THREADS + threadIdx.x;
+        if (pair < PAIRS) *(uint2*)(rows + place<K / 64>(r, pair * 4)) = make_uint2(v[b][r].x, v[b][r].z);
+      }
   }
   float before = 0.0f;
   if (mine) {

@@ -43,6 +43,7 @@ class TurboEngine:
         precision: "bf16", or "fp32" for audits.
         ops: what to launch.
         recorder: what captures; None launches everything anew each time, on any device.
+        schedules: of the model, by number of steps; None folds them as they are asked for. An audit gives its own.
 
     Raises:
         ValueError: a model that the kernels cannot run; names the engine that can.
@@ -52,7 +53,14 @@ class TurboEngine:
     name = "turbo"
     accepts_uint8 = True
 
-    def __init__(self, model: Pi0, precision: Precision, ops: Ops, recorder: Recorder | None) -> None:
+    def __init__(
+        self,
+        model: Pi0,
+        precision: Precision,
+        ops: Ops,
+        recorder: Recorder | None,
+        schedules: Schedules | None = None,
+    ) -> None:
         check_model(model, precision)
         self.precision = precision
         self.config: ModelConfig = model.config
@@ -63,7 +71,7 @@ class TurboEngine:
                 self._weights = fold_model(model)
         except torch.OutOfMemoryError as error:
             raise too_large("the folded weights", error) from error
-        self._schedules = Schedules(model)
+        self._schedules = schedules or Schedules(model)
         self._graphs = GraphSet(recorder)
         self._loops: dict[int, DenoiseLoop] = {}
         self._arenas: dict[int, Arena] = {}

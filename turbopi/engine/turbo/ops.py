@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from ... import kernels
 
 Activation = Literal["none", "gelu"]
-
-
 TWINS = "twins"
+FEW_ROWS = 64
+"""Up to here weights, not products, take the time, and one fused kernel beats a product and a pass over its result."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,17 @@ def cublas_matmul(
         torch.addmm(addend, x, weight.t(), out=out)
 
 
-def cublas_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
+def geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
     """out (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ), weight (2F,K) holding gate, then up; gate_up (M,2F) is scratch."""
+    if len(x) <= FEW_ROWS:
+        kernels.geglu_linear(x, weight, out)
+        return
     torch.mm(x, weight.t(), out=gate_up)
     kernels.geglu(gate_up, out)
 
 
 def twin_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
-    """Twin of `cublas_geglu_matmul`."""
+    """Twin of `geglu_matmul`."""
     torch.mm(x, weight.t(), out=gate_up)
     kernels.geglu_ref(gate_up, out)
 
@@ -117,8 +120,8 @@ def triton_ops() -> Ops:
     return Ops(
         name="cublas+triton",
         matmul=cublas_matmul,
-        geglu_matmul=cublas_geglu_matmul,
-        vision_attention=sdpa_vision_attention,
+        geglu_matmul=geglu_matmul,
+        vision_attention=kernel_vision_attention,
         patches=kernels.patches,
         embed_tokens=kernels.embed_tokens,
         layer_norm=kernels.layer_norm,
