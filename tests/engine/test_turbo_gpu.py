@@ -65,6 +65,22 @@ def test_in_bfloat16_it_errs_as_little_as_eager(name: str) -> None:
     assert relative(turbo(rounded, "bf16").sample_actions(x, noise, 10), truth) <= 1.2 * plain
 
 
+@pytest.mark.parametrize("name", ["pi05-small", "pi05-libero-small"])
+def test_one_observation_is_denoised_in_one_kernel(name: str) -> None:
+    """Near the truth like plain bf16 (one observation, so chance gets some room), and with the same bits again."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the persistent loop needs compute capability 9.0")
+    exact, rounded = model(name, device="cuda"), model(name, device="cuda", dtype=torch.bfloat16)
+    x, noise = observation(exact.config, [33])
+    truth = exact.sample_actions(x.to("cuda"), noise.cuda(), 10)
+    plain = relative(rounded.sample_actions(x.to("cuda"), noise.cuda(), 10), truth)
+    engine = turbo(rounded, "bf16")
+    actions = engine.sample_actions(x, noise, 10)
+    assert engine.describe()["denoise_loop"] == {"1": "persistent"}
+    assert relative(actions, truth) <= 1.5 * plain
+    assert all(torch.equal(engine.sample_actions(x, noise, 10), actions) for _ in range(20))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["pi0-small", "pi05-small"])
 def test_same_inputs_same_bits(name: str, precision: str) -> None:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,6 +105,14 @@ class CudaModule:
         if int(status) != 0:
             raise RuntimeError(f"the CUDA driver answered {status!r}")
         return values[0] if values else None
+
+
+def can_compile() -> bool:
+    """Whether the package that CUDA sources are compiled and launched through is installed."""
+    try:
+        return find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _bindings() -> tuple[ModuleType, ModuleType]:

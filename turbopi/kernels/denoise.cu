@@ -19,10 +19,12 @@
 // tile. A "unit" is what a CTA computes at once: a tile, for `out` and `down` over half of K (a cluster of two CTAs shares
 // the tile), for `gate_up` GATE tiles.
 //
-// Launched in clusters of two CTAs, all of them on the GPU at once. Set by the compiler's command line: W expert width, H heads, KV key/value heads, D head size, F MLP width, N suffix rows,
+// Launched in clusters of two CTAs. All of them must be on the GPU at once, for they wait for each other: nothing else that
+// does so may run beside this kernel.
+//
+// Set by the compiler's command line: W expert width, H heads, KV key/value heads, D head size, F MLP width, N suffix rows,
 // A action dims, LAYERS, GATE tiles of a gate_up unit, SPLITS of a head's keys and at most KEYS in each, CTAS, WARPS that
-// compute, SLOTS of the ring,
-// at most IN_FLIGHT of them being filled.
+// compute, SLOTS of the ring, at most IN_FLIGHT of them being filled.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -41,7 +43,8 @@ constexpr int GATE_WM = GATE > 1 ? 2 : 1;  // warps along a unit's tiles; the ot
 __host__ __device__ constexpr int at_least(int a, int b) { return a > b ? a : b; }
 constexpr int K_STRIDE = D + 32, V_STRIDE = D + 8, S_STRIDE = KEYS + 4, P_STRIDE = KEYS + 8;
 constexpr int ROWS_BYTES = N * at_least(W, at_least(H * D / 2, F / 2)) * 2;
-static_assert(N <= 16 && H * SPLITS <= CTAS && PAIRED_UNITS <= CTAS && 8 * N <= THREADS, "one unit a CTA, one element a thread");
+static_assert(N <= 16 && 8 * N <= THREADS, "an element a thread");
+static_assert(H * SPLITS <= CTAS && PAIRED_UNITS <= CTAS, "a unit a CTA");
 static_assert(F / 2 % (GATE * 8) == 0 && H * D / 2 % (D / SPLITS) == 0, "a half of K is whole CTAs' writing");
 constexpr int CACHE_BYTES = KEYS * (K_STRIDE + V_STRIDE) * 2;
 constexpr int SUM_BYTES = WARPS * 16 * SUM_STRIDE * 4, GATE_SUM_BYTES = WARPS / GATE_WM * GATE * 16 * SUM_STRIDE * 4;
@@ -49,7 +52,8 @@ constexpr int SCORE_BYTES = N * K_STRIDE * 2 + COLUMNS * (S_STRIDE * 4 + P_STRID
 // Shared memory: ring; rows of the phase, or keys and values; partial sums, or queries and scores; a pair's exchange.
 constexpr int ROWS_AT = SLOTS * CHUNK * 1024;
 constexpr int GATE_SUMS_AT = ROWS_AT + (N * W * 2 + 127) / 128 * 128;  // behind gate_up's rows
-constexpr int SUMS_AT = (at_least(ROWS_AT + at_least(ROWS_BYTES, CACHE_BYTES), GATE_SUMS_AT + GATE_SUM_BYTES) + 127) / 128 * 128;
+constexpr int ROWS_END = at_least(ROWS_AT + at_least(ROWS_BYTES, CACHE_BYTES), GATE_SUMS_AT + GATE_SUM_BYTES);
+constexpr int SUMS_AT = (ROWS_END + 127) / 128 * 128;
 constexpr int EXCHANGE_AT = SUMS_AT + (at_least(SUM_BYTES, SCORE_BYTES) + 127) / 128 * 128;
 constexpr int BARRIERS_AT = EXCHANGE_AT + (8 * N * 4 + 127) / 128 * 128;
 
@@ -270,10 +274,14 @@ __device__ __forceinline__ void produce(const Arguments& p) {
 #pragma unroll 1
     for (u64 layer = 0; layer < LAYERS; ++layer) {
       constexpr int QKV_KB = W / 32, OUT_KB = H * D / 64, GATE_KB = GATE * W / 32, DOWN_KB = F / 64;
-      for (int u = blockIdx.x; u < QKV_UNITS; u += CTAS) ring.fill(p.qkv + (layer * QKV_UNITS + u) * QKV_KB * 1024, QKV_KB, oldest, started);
-      for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS) ring.fill(p.out + (layer * PAIRED_UNITS + u) * OUT_KB * 1024, OUT_KB, oldest, started);
-      for (int u = blockIdx.x; u < GATE_UNITS; u += CTAS) ring.fill(p.gate_up + (layer * GATE_UNITS + u) * GATE_KB * 1024, GATE_KB, oldest, started);
-      for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS) ring.fill(p.down + (layer * PAIRED_UNITS + u) * DOWN_KB * 1024, DOWN_KB, oldest, started);
+      for (int u = blockIdx.x; u < QKV_UNITS; u += CTAS)
+        ring.fill(p.qkv + (layer * QKV_UNITS + u) * QKV_KB * 1024, QKV_KB, oldest, started);
+      for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS)
+        ring.fill(p.out + (layer * PAIRED_UNITS + u) * OUT_KB * 1024, OUT_KB, oldest, started);
+      for (int u = blockIdx.x; u < GATE_UNITS; u += CTAS)
+        ring.fill(p.gate_up + (layer * GATE_UNITS + u) * GATE_KB * 1024, GATE_KB, oldest, started);
+      for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS)
+        ring.fill(p.down + (layer * PAIRED_UNITS + u) * DOWN_KB * 1024, DOWN_KB, oldest, started);
     }
 }
 

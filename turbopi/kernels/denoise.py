@@ -152,6 +152,8 @@ class _Arguments(ctypes.Structure):
 class DenoiseKernel:
     """The compiled kernel with packed weights and scratch memory, for one shape on one device.
 
+    Its CTAs wait for each other and take the whole GPU: never run two at a time, on different streams of one process.
+
     Raises:
         ValueError: the device is too small for the shape.
         RuntimeError: the kernel does not compile here.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from ...config import ModelConfig
+from ...kernels.cuda_module import can_compile
 from ...kernels.denoise import Cache, DenoiseKernel, Layer, Schedule, Shape
 from .buffers import Buffers, RequestBuffers
 from .denoise import Schedules
@@ -26,7 +25,7 @@ def obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> list[st
         found.append(f"weights in {weights.dtype}")
     if weights.device.type != "cuda" or torch.cuda.get_device_capability(weights.device) < OLDEST:
         found.append(f"no GPU of compute capability {OLDEST[0]}.{OLDEST[1]}")
-    elif importlib.util.find_spec("cuda") is None:
+    elif not can_compile():
         found.append("cuda-bindings is not installed")
     return found + Shape.problems(**_sizes(config))
 
