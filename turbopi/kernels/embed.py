@@ -44,11 +44,11 @@ def _embed_tokens(tokens, table, scale, out, first, count, vocabulary, rows_per_
     known = (token >= 0) & (token < vocabulary)
     # int64: the full table has more than 2^29 entries, and products of rows and widths pass 2^31 in bytes.
     source = table + token.to(tl.int64) * width + columns
-    f = tl.load(source, mask=(columns < width) & known, other=0.0).to(tl.float32) * scale
+    f = tl.load(source, mask=columns < tl.where(known, width, 0), other=0.0).to(tl.float32) * scale
     f = tl.where(known, f, float("nan"))
     place = tl.load(first + sample) + index
     target = out + (sample * rows_per_sample + place).to(tl.int64) * width + columns
-    tl.store(target, f.to(out.dtype.element_ty), mask=(columns < width) & (place < rows_per_sample))
+    tl.store(target, f.to(out.dtype.element_ty), mask=columns < tl.where(place < rows_per_sample, width, 0))
 
 
 def embed_tokens(tokens: Tensor, table: Tensor, scale: float, out: Tensor, first: Tensor, rows_per_sample: int) -> None:

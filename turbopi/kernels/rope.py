@@ -102,7 +102,7 @@ def _rotate_and_store(
     a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
     # A value is not rotated: cos 1, sin 0.
-    turning = inside & (head < HEADS + KV_HEADS)
+    turning = inside & (dims < tl.where(head < HEADS + KV_HEADS, HALF, 0))
     angle = place[:, None] * HALF + dims
     c = tl.load(cos + angle, mask=turning, other=1.0)
     s = tl.load(sin + angle, mask=turning, other=0.0)
