@@ -17,7 +17,7 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/.dev
-	$(BIN)/pytest --cov=turbopi --cov-report=term:skip-covered
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov=turbopi --cov-report=term:skip-covered
 	$(BIN)/coverage report --include="turbopi/model/*,turbopi/transforms/*,turbopi/checkpoint/*" --fail-under=95 --format=total
 
 # Every test that needs a CUDA GPU. Fails at once where there is none, instead of skipping all of them.
