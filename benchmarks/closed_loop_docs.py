@@ -147,9 +147,11 @@ def draw_mistakes(results: dict[str, Any], picture: Path) -> Path:
         rows = [r for r in results["mistakes"] if r["where"] == where]
         if rows:
             points(axes, [r["audit"]["relative_error"] for r in rows], rows, colour, where)
-        for r in rows:
+        for r in rows:  # slanted, so that neighbours can be told apart
             place = (r["audit"]["relative_error"], 100 * r["rate"])
-            axes.annotate(r["name"], place, (5, 4), textcoords="offset points", fontsize=8)
+            offset, turn = ((4, -4), -50) if r["rate"] > 0.5 else ((2, 4), 50)
+            style = {"va": "top" if r["rate"] > 0.5 else "bottom", "rotation": turn, "rotation_mode": "anchor"}
+            axes.annotate(r["name"], place, offset, textcoords="offset points", fontsize=8, **style)
     axes.set(xscale="log", xlim=ERRORS, ylim=(-4, 104))
     axes.set(xlabel="relative error of the normalised actions", ylabel="success, %")
     return finished(figure, axes, picture)
