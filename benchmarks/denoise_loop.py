@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from rich.table import Table
 from torch import Tensor
 
 from turbopi.bench import write_receipt
+from turbopi.bench.clock import StageClock
+from turbopi.engine.capture import CudaGraphRecorder
 from turbopi.kernels.denoise import Cache, DenoiseKernel, Layer, Schedule, Shape, denoise_ref
 
 
@@ -42,9 +45,11 @@ class Options:
 
 
 class Case:
-    """Random weights, schedule, cache and noise of one shape."""
+    """Random weights, schedule, cache and noise of one shape; `slots` in the cache, by default as many as are used."""
 
-    def __init__(self, shape: Shape, prefix: int, steps: int, device: str = "cuda") -> None:
+    def __init__(
+        self, shape: Shape, prefix: int, steps: int, *, slots: int | None = None, device: str = "cuda"
+    ) -> None:
         self.shape, self.device = shape, torch.device(device)
         self._generator = torch.Generator(device).manual_seed(0)
         width, inner, mlp = shape.width, shape.heads * shape.head_dim, shape.mlp_dim
@@ -69,7 +74,7 @@ class Case:
         )
         positions = torch.arange(shape.longest, device=device)[:, None]
         angles = positions / 10000 ** (torch.arange(shape.head_dim // 2, device=device) / (shape.head_dim // 2))
-        size = (shape.depth, shape.kv_heads, prefix + shape.rows, shape.head_dim)
+        size = (shape.depth, shape.kv_heads, slots or prefix + shape.rows, shape.head_dim)
         self.cache = Cache(
             keys=self._random(*size).bfloat16(),
             values=self._random(*size).bfloat16(),
@@ -83,28 +88,14 @@ class Case:
         return torch.randn(size, generator=self._generator, device=self.device)
 
 
-def graph_of(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Warm up on a side stream, then capture."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-    return graph
-
-
-def milliseconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Median time of a replay."""
-    times = []
+def milliseconds(replay: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Median time of a replay on the device."""
+    clock, times = StageClock(device), []
     for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        clock.start()
+        replay()
+        clock.mark()
+        times += clock.stop()
     return statistics.median(times[3:])
 
 
@@ -116,18 +107,18 @@ def measure(rows: int, in_flight: int, prefix: int, steps: int, repeats: int) ->
         case = Case(shape, prefix, count)
         kernel = DenoiseKernel(shape, case.layers, case.device, in_flight)
         x_t, expected = case.noise.clone(), case.noise.clone()
-        graph = graph_of(lambda k=kernel, c=case, x=x_t: k.run(c.schedule, c.cache, x))
+        replay = CudaGraphRecorder(case.device).record(partial(kernel.run, case.schedule, case.cache, x_t))
         answers = []
         for _ in range(3):
             x_t.copy_(case.noise)
-            graph.replay()
+            replay()
             torch.cuda.synchronize()
             answers.append(x_t.clone())
         denoise_ref(case.layers, case.schedule, case.cache, expected)
         moved = (expected - case.noise).norm()
         result[f"error_after_{count}"] = float((answers[0] - expected).norm() / moved)
         result["bit_identical"] = all(torch.equal(answers[0], a) for a in answers)
-    result["ms"] = milliseconds(graph, repeats)
+    result["ms"] = milliseconds(replay, case.device, repeats)
     return result
 
 

@@ -158,6 +158,36 @@ def _choose_robot(checkpoint: Checkpoint, robot: str | Robot | None) -> Robot:
     return robot_from_lerobot(features)
 
 
+def _transforms(
+    checkpoint: Checkpoint,
+    robot: str | Robot | None,
+    asset_id: str | None,
+    tokenizer: str | Path | None,
+    state_in_prompt: bool | None,
+    default_prompt: str | None,
+) -> PolicyTransforms:
+    """What stands on both sides of a checkpoint's model; arguments as those of `load_policy`."""
+    described = _choose_robot(checkpoint, robot)
+    stats = checkpoint.norm_stats(asset_id or (described.name if len(checkpoint.asset_ids) > 1 else None))
+    modes = checkpoint.norm_modes
+    # lerobot states whether actions are relative to the state; openpi's models follow the robot's custom.
+    relative = (
+        None if checkpoint.lerobot_config is None else bool(checkpoint.lerobot_config.get("use_relative_actions"))
+    )
+    return build_transforms(
+        checkpoint.config,
+        described,
+        stats,
+        load_tokenizer(find_tokenizer(None if tokenizer is None else Path(tokenizer), checkpoint.path)),
+        convention=checkpoint.convention,
+        mode=modes["state"],
+        action_mode=modes["actions"],
+        state_in_prompt=state_in_prompt,
+        absolute=relative,
+        default_prompt=default_prompt,
+    )
+
+
 def load_policy(
     path: str | Path,
     robot: str | Robot | None = None,
@@ -203,27 +233,10 @@ def load_policy(
     chosen: Precision = precision or ("fp32" if target == "cpu" else "bf16")
     dtype = precision_dtype(chosen)
     checkpoint = open_checkpoint(path)
-    described = _choose_robot(checkpoint, robot)
-    stats = checkpoint.norm_stats(asset_id or (described.name if len(checkpoint.asset_ids) > 1 else None))
-    modes = checkpoint.norm_modes
-    config = checkpoint.config
-    # lerobot states whether actions are relative to the state; openpi's models follow the robot's custom.
-    relative = (
-        None if checkpoint.lerobot_config is None else bool(checkpoint.lerobot_config.get("use_relative_actions"))
+    transforms = _transforms(checkpoint, robot, asset_id, tokenizer, state_in_prompt, default_prompt)
+    model = load_opened(
+        checkpoint, target, dtype, config=checkpoint.config, numerics=numerics, invalid_tokens=invalid_tokens
     )
-    transforms = build_transforms(
-        config,
-        described,
-        stats,
-        load_tokenizer(find_tokenizer(None if tokenizer is None else Path(tokenizer), checkpoint.path)),
-        convention=checkpoint.convention,
-        mode=modes["state"],
-        action_mode=modes["actions"],
-        state_in_prompt=state_in_prompt,
-        absolute=relative,
-        default_prompt=default_prompt,
-    )
-    model = load_opened(checkpoint, target, dtype, config=config, numerics=numerics, invalid_tokens=invalid_tokens)
     runner = create_engine(engine, model, chosen)
     uint8_images = isinstance(runner, TickEngine) and runner.accepts_uint8 and transforms.keeps_uint8
     policy = Policy(replace(transforms, config=model.config, uint8_images=uint8_images), runner, runtime)

@@ -1,6 +1,8 @@
 """The denoise kernel: its packing and its twin on the CPU, the kernel itself on a GPU of compute capability 9.0."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from turbopi.kernels.denoise import (
     qkv_order,
 )
 from turbopi.model import PrefixCache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from denoise_loop import Case
 
 FULL = Shape(1024, 3, 8, 1, 256, 4096, 10, longest=978)
 SMALL = Shape(192, 6, 8, 1, 32, 640, 10, longest=288)
@@ -106,44 +111,6 @@ def test_what_cannot_be_tiled_is_said(change: dict[str, int], word: str) -> None
         dataclasses.replace(SMALL, **change)
 
 
-class Case:
-    """Random weights, cache and noise on the GPU."""
-
-    def __init__(self, shape: Shape, prefix: int, steps: int, slots: int | None = None) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, device="cuda")
-
-        inner, heads = shape.heads * shape.head_dim, shape.heads + 2 * shape.kv_heads
-        scale = torch.ones(heads * shape.head_dim, 1, device="cuda")
-        scale[:inner] = shape.head_dim**-0.5
-        self.layers = [
-            Layer(
-                (random(heads * shape.head_dim, shape.width) / shape.width**0.5 * scale).bfloat16(),
-                (random(shape.width, inner) / inner**0.5).bfloat16(),
-                (random(2 * shape.mlp_dim, shape.width) / shape.width**0.5).bfloat16(),
-                (random(shape.width, shape.mlp_dim) / shape.mlp_dim**0.5).bfloat16(),
-            )
-            for _ in range(shape.depth)
-        ]
-        self.schedule = Schedule(
-            random(steps, 2 * shape.depth + 1, 3, shape.width) * 0.3,
-            random(shape.action_dim, shape.width) / 6,
-            random(steps, shape.width) / 10,
-            random(shape.action_dim, shape.width) / shape.width**0.5 / steps,
-            random(shape.action_dim) / 10 / steps,
-        )
-        half = shape.head_dim // 2
-        angles = torch.arange(shape.longest, device="cuda")[:, None] / 1e4 ** (torch.arange(half, device="cuda") / half)
-        size = (shape.depth, shape.kv_heads, slots or prefix + shape.rows, shape.head_dim)
-        self.cache = Cache(
-            random(*size).bfloat16(), random(*size).bfloat16(),
-            torch.tensor([prefix], dtype=torch.int32, device="cuda"), angles.cos(), angles.sin(),
-        )  # fmt: skip
-        self.noise = random(shape.rows, shape.action_dim)
-
-
 GPU_CASES = [
     pytest.param(FULL, 552, 10, None, id="full"),
     pytest.param(FULL, 968, 2, None, id="longest prefix"),
@@ -161,7 +128,7 @@ def test_the_kernel_equals_its_twin(shape: Shape, prefix: int, steps: int, slots
     """Within the roundings of bfloat16, again and again bit for bit the same, and without touching the cache."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    case = Case(shape, prefix, steps, slots)
+    case = Case(shape, prefix, steps, slots=slots)
     before = case.cache.keys.clone()
     kernel = DenoiseKernel(shape, case.layers, torch.device("cuda"))
     answers = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ..train.session import TrainSession
 
 
 def train(
@@ -66,9 +69,13 @@ def train(
             )
         )
     console.print(session.describe())
+    console.print(f"wrote {_run(session, console)}")
+    return 0
+
+
+def _run(session: TrainSession, console: Console) -> Path:
+    """Train with a bar that shows the loss."""
     columns = (TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=steps, completed=session.trainer.step, loss=float("nan"))
-        path = session.run(lambda step, loss: progress.update(bar, completed=step, loss=loss))
-    console.print(f"wrote {path}")
-    return 0
+        bar = progress.add_task("", total=session.request.steps, completed=session.trainer.step, loss=float("nan"))
+        return session.run(lambda step, loss: progress.update(bar, completed=step, loss=loss))

@@ -105,7 +105,6 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float widen(u16 value) { return __uint_as_float((u32)value << 16); }
 
 __device__ __forceinline__ u32 narrow2(float first, float second) {
   u32 pair;
@@ -698,9 +697,9 @@ __device__ __forceinline__ void store_hidden(const Mail& mail, int unit) {
 }
 
 // to = x + gate * (input @ weights^T), for `out` and `down`. Each CTA of a pair takes half of K, and in the end half the
-// rows. Of the input, a CTA wrote WRITTEN columns. `x` was written in round `x_round`, `to` is written in `to_round`.
+// rows. Of the input, a CTA wrote WRITTEN columns. Input and `x` are of `round`, `to` is written in `to_round`.
 template <int K, int WRITTEN>
-__device__ __forceinline__ void project(Ring& ring, u32& parity, const uint2* input, u32 round, const uint2* x, u32 x_round,
+__device__ __forceinline__ void project(Ring& ring, u32& parity, const uint2* input, u32 round, const uint2* x,
                                         const float* gate, uint2* to, u32 to_round) {
   using P = Product<1, 1, K / 64>;
   if (blockIdx.x >= PAIRED_UNITS) return;
@@ -743,7 +742,7 @@ __device__ __forceinline__ void project(Ring& ring, u32& parity, const uint2* in
   float before = 0.0f;
   if (mine) {
     uint4 v[1];
-    read(x + (token * W + column) / 4 * 2, 0, x_round, v);
+    read(x + (token * W + column) / 4 * 2, 0, round, v);
     const u32 pair = column & 2 ? v[0].z : v[0].x;
     before = column & 1 ? high(pair) : low(pair);
   }
@@ -852,7 +851,7 @@ __device__ __forceinline__ void compute(const Arguments& p) {
         combine(my, mail);
       }
       sync();
-      project<H * D, D / SPLITS>(ring, parity, mail.attended, round, mail.x, round, modulation + 2 * W, mail.middle, round);
+      project<H * D, D / SPLITS>(ring, parity, mail.attended, round, mail.x, modulation + 2 * W, mail.middle, round);
       sync();
       if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W).apply(mail.middle, round);
 #pragma unroll 1
@@ -862,7 +861,7 @@ __device__ __forceinline__ void compute(const Arguments& p) {
         store_hidden(mail, unit);
       }
       sync();
-      project<F, GATE * 8>(ring, parity, mail.hidden, round, mail.middle, round, modulation + 5 * W, next.x, next.round);
+      project<F, GATE * 8>(ring, parity, mail.hidden, round, mail.middle, modulation + 5 * W, next.x, next.round);
       sync();
     }
     if (blockIdx.x < N) finish(p, Mail(p.mail, round), step);

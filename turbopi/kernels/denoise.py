@@ -248,15 +248,18 @@ def _power_of_two(limit: int) -> int:
 
 
 def _norm(x: Tensor, modulation: Tensor) -> Tensor:
+    """Normed and modulated, float32."""
     normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + RMS_EPS)
-    return (normed * (1 + modulation[0]) + modulation[1]).to(x.dtype).float()
+    return normed * (1 + modulation[0]) + modulation[1]
 
 
 def _layer_ref(layer: Layer, index: int, modulation: Tensor, cache: Cache, x: Tensor) -> Tensor:
     """One layer on x (rows,width), rounding to x's dtype where the kernel does."""
     keys, values, start = cache.keys[index], cache.values[index], int(cache.length)
     rows, dtype, (kv, _, head_dim) = x.shape[0], x.dtype, keys.shape
-    heads = (_norm(x, modulation[0]) @ layer.qkv.float().T).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+    heads = (
+        (_norm(x, modulation[0]).to(dtype).float() @ layer.qkv.float().T).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+    )
     c, s = (t[start : start + rows] for t in (cache.cosines, cache.sines))
     first, second = heads[:-kv].chunk(2, dim=-1)
     rotated = torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(dtype)
@@ -266,7 +269,7 @@ def _layer_ref(layer: Layer, index: int, modulation: Tensor, cache: Cache, x: Te
     k, v = (t[:, : start + rows].float().repeat_interleave(len(q) // kv, dim=0) for t in (keys, values))
     attended = ((q @ k.transpose(1, 2)).softmax(dim=-1) @ v).transpose(0, 1).flatten(1).to(dtype).float()
     x = (x.float() + attended @ layer.out.float().T * modulation[0, 2]).to(dtype)
-    gate, up = (_norm(x, modulation[1]) @ layer.gate_up.float().T).chunk(2, dim=-1)
+    gate, up = (_norm(x, modulation[1]).to(dtype).float() @ layer.gate_up.float().T).chunk(2, dim=-1)
     hidden = (F.gelu(gate, approximate="tanh") * up).to(dtype).float()
     return (x.float() + hidden @ layer.down.float().T * modulation[1, 2]).to(dtype)
 
@@ -280,6 +283,4 @@ def denoise_ref(layers: Sequence[Layer], schedule: Schedule, cache: Cache, x_t: 
         x = (x_t @ schedule.in_weights + schedule.in_bias[step]).to(layers[0].qkv.dtype)
         for index, layer in enumerate(layers):
             x = _layer_ref(layer, index, modulation[2 * index : 2 * index + 2], cache, x)
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + RMS_EPS)
-        normed = normed * (1 + modulation[-1, 0]) + modulation[-1, 1]
-        x_t += normed @ schedule.out_weights.T + schedule.out_bias
+        x_t += _norm(x, modulation[-1]) @ schedule.out_weights.T + schedule.out_bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .svg import WIDTH, box, dot, line, path, shortened, svg, text, ticks
+from .svg import COLOURS, WIDTH, box, dot, line, path, shortened, svg, text, ticks
 
 _LABEL, _LABEL_CHARACTERS = 170, 24
 _LEFT, _BOTTOM, _CEILING = 60, 250, 30
@@ -74,4 +74,4 @@ def _legend(names: Sequence[str], left: float) -> list[str]:
 
 
 def _colour(index: int) -> str:
-    return f"var(--c{index % 6})"
+    return COLOURS[index % len(COLOURS)]

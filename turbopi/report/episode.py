@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .page import film_strip, flat_rows, heading, legend, page, table, tiles
-from .traces import COLOURS, line_chart, stacked_bars
+from .svg import COLOURS
+from .traces import line_chart, stacked_bars
 
 REPORT_FILE = "report.html"
 ACTIONS = {

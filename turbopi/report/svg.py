@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH = 960
+COLOURS = tuple(f"var(--c{i})" for i in range(6))
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .svg import WIDTH, box, line, path, svg, text, ticks
+from .svg import COLOURS, WIDTH, box, line, path, svg, text, ticks
 
-COLOURS = tuple(f"var(--c{i})" for i in range(6))
 _LEFT, _TOP = 58, 8
 
 
