@@ -68,7 +68,8 @@ def main() -> None:
     """Play what is missing, write the receipt, show the table."""
     options = tyro.cli(Options, description=__doc__)
     console = wide_console()
-    run_all({s.name: run_of(options, s) for s in options.settings}, options.at_once, console)
+    if options.play:
+        run_all({s.name: run_of(options, s) for s in options.settings}, options.at_once, console)
     results: dict[str, Any] = {"reference": USUAL.name, "settings": collect(options)}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = write_receipt(options.receipt, "steps and replan in closed loop, libero_spatial", results, config)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from turbopi.sim.episodes_file import EPISODES_FILE, read_config, read_records
 from turbopi.sim.evaluate import EvalConfig, evaluate
 from turbopi.sim.sources import CheckpointSource, PolicySource
 from turbopi.sim.summary import summarize
+from turbopi.sim.sweep import prepared
 from turbopi.sim.workers import SceneSource
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,8 @@ class RunOptions:
     """Of torch on the CPU in each worker."""
     minimum: int = 50
     """Pairs below which no verdict is given."""
+    play: bool = True
+    """Play what is missing; otherwise only write down what is complete, also what was played on another machine."""
 
     def __post_init__(self) -> None:
         if self.at_once < 1 or self.workers < 1:
@@ -91,28 +94,6 @@ class RunOptions:
             workers=max(1, self.workers // self.at_once),
             minimum=self.minimum,
         )
-
-
-@dataclass(frozen=True)
-class PreparedScenes:
-    """Simulations whose facts have been looked up: looking them up is not for several threads at once."""
-
-    scenes: SceneSource
-    facts: Mapping[str, Any]
-
-    def prepare(self, suite: str, tasks: tuple[int, ...], trials: int) -> dict[str, Any]:
-        """The facts."""
-        return dict(self.facts)
-
-    def open(self, suite: str, task: int) -> Any:
-        """A simulation of one task."""
-        return self.scenes.open(suite, task)
-
-
-def prepared(config: EvalConfig) -> EvalConfig:
-    """The same run, its scenes prepared."""
-    facts = config.scenes.prepare(config.suite, config.tasks, config.trials)
-    return replace(config, scenes=PreparedScenes(config.scenes, facts))
 
 
 def run_all(configs: Mapping[str, EvalConfig], at_once: int, console: Console) -> None:

@@ -69,7 +69,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = wide_console()
     scenes = LiberoScenes()
-    run_all({m.name: run_of(options, m, scenes) for m in options.chosen}, options.at_once, console)
+    if options.play:
+        run_all({m.name: run_of(options, m, scenes) for m in options.chosen}, options.at_once, console)
     audit = Audit(options, observations(options, scenes))
     for mistake in options.chosen:
         audit.measure(mistake)

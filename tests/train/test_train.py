@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from turbopi import ModelConfig, load_policy, preset
+from turbopi.checkpoint import open_checkpoint, save_checkpoint
+from turbopi.checkpoint.load import load_opened
 from turbopi.train.augment import augment_images
 from turbopi.train.dataset import DemonstrationSet, NoiseConfig, dataset_stats, load_episodes
 from turbopi.train.episodes import Episode, episode_files, load_episode, save_episode
+from turbopi.train.session import TrainRequest, TrainSession
 from turbopi.train.trainer import CURVE_FILE, TrainConfig, Trainer
 from turbopi.transforms import shipped_tokenizer
 
@@ -68,9 +71,7 @@ def test_batches_are_what_the_policy_will_see(episodes: list[Episode], tmp_path:
     """Without disturbance, a batch holds the arrays that the policy's transforms make of the same observation."""
     data = dataset(episodes, shift=0.0, colour=0.0, state=0.0)
     trainer = Trainer(CONFIG, QUICK, tmp_path / "run", CPU)
-    path = trainer.save_checkpoint(
-        tmp_path / "ck", dataset_stats(episodes), shipped_tokenizer(), torch.float32, max_shard_bytes=None
-    )
+    path = save_checkpoint(tmp_path / "ck", trainer.average, dataset_stats(episodes), "libero", shipped_tokenizer())
     policy = load_policy(path, device="cpu")
     inputs, actions = data.batch(40, torch.Generator().manual_seed(0))
     inputs.check(dataclasses.replace(CONFIG, cameras=2))
@@ -149,3 +150,27 @@ def test_the_schedule_warms_up_and_falls() -> None:
     assert config.rate(0) == pytest.approx(0.01)
     assert config.rate(100) == pytest.approx(1.0)
     assert config.rate(1000) == pytest.approx(0.01)
+
+
+def test_a_blend_lies_between_the_start_and_what_was_trained(tmp_path: Path, episodes: list[Episode]) -> None:
+    for number, one in enumerate(episodes):
+        save_episode(tmp_path / f"{number}.npz", one)
+    start = Trainer(CONFIG, QUICK, tmp_path / "start", CPU).average
+    save_checkpoint(tmp_path / "ck", start, dataset_stats(episodes), "libero", shipped_tokenizer())
+
+    def trained(blend: float) -> dict[str, torch.Tensor]:
+        request = TrainRequest(
+            data=(tmp_path,), out=tmp_path / f"run{blend}", start_from=tmp_path / "ck", blend=blend, steps=4,
+            batch_size=2, device="cpu", workers=1, dtype="float32",
+        )  # fmt: skip
+        saved = open_checkpoint(TrainSession(request).run(lambda step, loss: None))
+        return load_opened(saved, CPU, torch.float32).state_dict()
+
+    begin, whole, mixed = start.state_dict(), trained(1.0), trained(0.25)
+    assert any(not torch.equal(begin[name], whole[name]) for name in begin)
+    for name in begin:
+        torch.testing.assert_close(mixed[name], 0.75 * begin[name] + 0.25 * whole[name])
+    with pytest.raises(ValueError, match="name it with start_from"):
+        TrainRequest(data=(tmp_path,), out=tmp_path / "run", blend=0.5)
+    with pytest.raises(ValueError, match=r"blend must be in \(0, 1\], got 0"):
+        TrainRequest(data=(tmp_path,), out=tmp_path / "run", blend=0.0)

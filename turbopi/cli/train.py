@@ -18,6 +18,7 @@ def train(
     out: Path,
     preset: str = "pi05-libero-small",
     start_from: Path | None = None,
+    blend: float = 1.0,
     steps: int = 10_000,
     batch_size: int = 512,
     learning_rate: float = 4e-4,
@@ -37,6 +38,7 @@ def train(
         out: directory of the run.
         preset: sizes of the model.
         start_from: checkpoint to begin from, whose sizes and statistics are kept. Default: random weights.
+        blend: share of the trained weights in the checkpoint; the rest are those of `start_from`.
         steps: optimiser steps.
         batch_size: ticks per step.
         learning_rate: after the warm-up.
@@ -57,6 +59,7 @@ def train(
                 out=out,
                 preset=preset,
                 start_from=start_from,
+                blend=blend,
                 steps=steps,
                 batch_size=batch_size,
                 learning_rate=learning_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import open_checkpoint, save_checkpoint
 from ..checkpoint.load import load_opened, usable_device
 from ..config import preset
+from ..model import Pi0
 from ..policy import choose_device
 from ..transforms import shipped_tokenizer
 from .curve import draw_curve
@@ -32,6 +34,8 @@ class TrainRequest:
         out: directory of the run.
         preset: sizes of the model.
         start_from: checkpoint to begin from, whose sizes and statistics are kept; None: random weights of `preset`.
+        blend: share of the trained weights in what is saved, the rest being those of `start_from`; what is learned for
+            one task then costs less of the others (Wortsman et al., 2022, "Robust fine-tuning of zero-shot models").
         steps: optimiser steps.
         batch_size: ticks per step.
         learning_rate: after the warm-up.
@@ -47,6 +51,7 @@ class TrainRequest:
     out: Path
     preset: str = "pi05-libero-small"
     start_from: Path | None = None
+    blend: float = 1.0
     steps: int = 10_000
     batch_size: int = 512
     learning_rate: float = 4e-4
@@ -56,6 +61,12 @@ class TrainRequest:
     workers: int = 8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     shard_mib: int = 15
+
+    def __post_init__(self) -> None:
+        if not 0 < self.blend <= 1:
+            raise ValueError(f"blend must be in (0, 1], got {self.blend}")
+        if self.blend < 1 and self.start_from is None:
+            raise ValueError(f"blend {self.blend} mixes with the weights of a checkpoint; name it with start_from")
 
 
 class TrainSession:
@@ -94,8 +105,8 @@ class TrainSession:
         self.ticks = DemonstrationSet(
             episodes, model, self.stats, shipped_tokenizer(), self.device, config.noise, request.seed
         )
-        weights = None if start is None else load_opened(start, self.device, torch.float32).state_dict()
-        self.trainer = Trainer(model, config, request.out, self.device, weights)
+        self._start = None if start is None else load_opened(start, self.device, torch.float32).state_dict()
+        self.trainer = Trainer(model, config, request.out, self.device, self._start)
 
     def describe(self) -> str:
         """What is trained on what."""
@@ -109,10 +120,21 @@ class TrainSession:
         request, trainer = self.request, self.trainer
         trainer.run(self.ticks, report)
         draw_curve(request.out / CURVE_FILE, request.out / PICTURE)
-        return trainer.save_checkpoint(
+        return save_checkpoint(
             request.out / CHECKPOINT,
+            self._blended(trainer.average),
             self.stats,
+            "libero",
             shipped_tokenizer(),
-            DTYPES[request.dtype],
-            request.shard_mib * 1024 * 1024,
+            dtype=DTYPES[request.dtype],
+            max_shard_bytes=request.shard_mib * 1024 * 1024,
         )
+
+    def _blended(self, trained: Pi0) -> Pi0:
+        """What is saved; the trainer's own average stays as it is, for a run that is continued."""
+        if self._start is None or self.request.blend == 1:
+            return trained
+        mixed = copy.deepcopy(trained)
+        weights = mixed.state_dict()
+        mixed.load_state_dict({k: self._start[k].lerp(v, self.request.blend) for k, v in weights.items()})
+        return mixed

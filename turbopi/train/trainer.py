@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_checkpoint
 from ..config import ModelConfig
 from ..model import Pi0
 from ..model.flow import sample_time
-from ..transforms import DatasetStats
 from .dataset import DemonstrationSet, NoiseConfig
 
 STATE_FILE = "training.pt"
@@ -153,14 +151,6 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
         return loss.detach()
-
-    def save_checkpoint(
-        self, directory: Path, stats: DatasetStats, tokenizer: Path, dtype: torch.dtype, max_shard_bytes: int | None
-    ) -> Path:
-        """Write the averaged weights as a LIBERO checkpoint."""
-        return save_checkpoint(
-            directory, self.average, stats, "libero", tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes
-        )
 
     def save_state(self) -> None:
         """Write everything that a later run needs to continue; the old state stays until the new one is whole."""
