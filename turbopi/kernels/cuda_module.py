@@ -10,6 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,16 @@ import torch
 def cache_directory() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/turbopi/kernels`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "turbopi" / "kernels"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Blocks in clusters of `cluster`, threads of a block, and its bytes of dynamic shared memory."""
+
+    blocks: int
+    threads: int
+    shared_bytes: int
+    cluster: int = 1
 
 
 class CudaModule:
@@ -47,22 +58,30 @@ class CudaModule:
             self._module = self._check(self._driver.cuModuleLoadData(self._binary(source.read_bytes(), options)))
         self._functions: dict[str, Any] = {}
 
-    def launch(
-        self, name: str, arguments: ctypes.Structure, *, blocks: int, threads: int, shared_bytes: int, cluster: int
-    ) -> None:
-        """Put a kernel with one structure as its argument on the current stream, in clusters of `cluster` blocks."""
+    def launch(self, name: str, arguments: ctypes.Structure, launch: Launch) -> None:
+        """Put a kernel with one structure as its argument on the current stream."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        function = self._function(name, launch.shared_bytes)
+        self._check(self._driver.cuLaunchKernelEx(self._config(launch), function, ctypes.addressof(pointers), 0))
+
+    def clusters(self, name: str, launch: Launch) -> int:
+        """How many clusters of such a launch the device holds at once."""
+        function = self._function(name, launch.shared_bytes)
+        return int(self._check(self._driver.cuOccupancyMaxActiveClusters(function, self._config(launch))))
+
+    def _config(self, launch: Launch) -> Any:
         driver = self._driver
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared_bytes
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
         config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
+        cluster = attribute.value.clusterDim
+        cluster.x, cluster.y, cluster.z = launch.cluster, 1, 1
         config.attrs, config.numAttrs = [attribute], 1
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        self._check(driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), ctypes.addressof(pointers), 0))
+        return config
 
     def _function(self, name: str, shared_bytes: int) -> Any:
         if name not in self._functions:

@@ -7,9 +7,13 @@
 //   gate_up    norm, gate and up, GeGLU
 //   down       MLP's output product, gated residual
 // A CTA a multiprocessor takes the same share of the weights in every phase. What CTAs tell each other goes through global
-// memory in words of 8 bytes, 4 of data and 4 that say in which round they were written: a reader asks again until the
-// round is right. No barrier, no fence, and the answer to the question is the data. Rounds count layers; words of odd and
-// even rounds lie apart, so nobody overwrites what somebody may still read.
+// memory, into words that hold EMPTY until they are written: a reader asks again until none of its words is EMPTY. No
+// barrier, and the answer to the question is the data. EMPTY is a NaN that no arithmetic makes.
+//
+// Rounds count layers, and words of four rounds in a row lie apart ("generations"). In round r a CTA makes those words of
+// generation r + 2 EMPTY again that it writes. They hold round r - 2, which everybody has read: round r would not have begun
+// otherwise. A fence follows before the CTA writes x of the next round, or anything if it never writes x; and nobody asks
+// for round r + 2 who has not read that.
 //
 // Weights do not depend on any phase, so a producer warp copies them in the order of use through a ring in shared memory
 // and never stops for a phase. Prefix keys and values are fetched ahead likewise.
@@ -19,8 +23,7 @@
 // tile. A "unit" is what a CTA computes at once: a tile, for `out` and `down` over half of K (a cluster of two CTAs shares
 // the tile), for `gate_up` GATE tiles.
 //
-// Launched in clusters of two CTAs. All of them must be on the GPU at once, for they wait for each other: nothing else that
-// does so may run beside this kernel.
+// Launched in clusters of two CTAs. All CTAs must be on the GPU at once, for they wait for each other: nothing else that does so may run beside this kernel.
 //
 // Set by the compiler's command line: W expert width, H heads, KV key/value heads, D head size, F MLP width, N suffix rows,
 // A action dims, LAYERS, GATE tiles of a gate_up unit, SPLITS of a head's keys and at most KEYS in each, CTAS, WARPS that
@@ -30,32 +33,37 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+__host__ __device__ constexpr int at_least(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int up_to(int multiple, int a) { return (a + multiple - 1) / multiple * multiple; }
+
 constexpr int THREADS = WARPS * 32;    // that compute; one more warp produces
 constexpr int GROUPS = (N + 7) / 8;    // of 8 tokens, the N of one mma
 constexpr int COLUMNS = GROUPS * 8;
 constexpr int SUM_STRIDE = COLUMNS + 8 - COLUMNS % 16;  // floats; 8 or 24 modulo 32 spreads the sums over the banks
 constexpr int CHUNK = 16;              // KB, what the ring moves at once
 constexpr float EPSILON = 1e-6f;
+constexpr u32 EMPTY = 0xffffffff;
+constexpr int GENERATIONS = 4;
 
 constexpr int QKV_UNITS = (H + 2 * KV) * D / 16, GATE_UNITS = F / 8 / GATE, PAIRED_UNITS = W / 16 * 2;
 constexpr int GATE_WM = GATE > 1 ? 2 : 1;  // warps along a unit's tiles; the others share K
+constexpr int DIMS = D / SPLITS;           // of a head, that a CTA adds up
 
-__host__ __device__ constexpr int at_least(int a, int b) { return a > b ? a : b; }
 constexpr int K_STRIDE = D + 32, V_STRIDE = D + 8, S_STRIDE = KEYS + 4, P_STRIDE = KEYS + 8;
 constexpr int ROWS_BYTES = N * at_least(W, at_least(H * D / 2, F / 2)) * 2;
 static_assert(N <= 16 && 8 * N <= THREADS, "an element a thread");
-static_assert(H * SPLITS <= CTAS && PAIRED_UNITS <= CTAS, "a unit a CTA");
-static_assert(F / 2 % (GATE * 8) == 0 && H * D / 2 % (D / SPLITS) == 0, "a half of K is whole CTAs' writing");
-constexpr int CACHE_BYTES = KEYS * (K_STRIDE + V_STRIDE) * 2;
-constexpr int SUM_BYTES = WARPS * 16 * SUM_STRIDE * 4, GATE_SUM_BYTES = WARPS / GATE_WM * GATE * 16 * SUM_STRIDE * 4;
+static_assert(H * SPLITS <= CTAS && PAIRED_UNITS <= CTAS && N <= CTAS, "a unit a CTA");
+static_assert(F / 2 % (GATE * 8) == 0 && H * D / 2 % DIMS == 0, "a half of K is whole CTAs' writing");
+static_assert(DIMS % 4 == 0 && W % 32 == 0 && H * D % 64 == 0 && F % 64 == 0, "whole words and steps");
+constexpr int CACHE_BYTES = KEYS * (K_STRIDE + V_STRIDE) * 2, PIECES_BYTES = SPLITS * N * DIMS * 4;
+constexpr int SUM_ROWS = at_least(WARPS, WARPS / GATE_WM * GATE) * 16;
 constexpr int SCORE_BYTES = N * K_STRIDE * 2 + COLUMNS * (S_STRIDE * 4 + P_STRIDE * 2);
-// Shared memory: ring; rows of the phase, or keys and values; partial sums, or queries and scores; a pair's exchange.
+// Shared memory: ring; rows of the phase, or keys and values, or pieces; partial sums, or queries and scores, or shares;
+// a pair's exchange.
 constexpr int ROWS_AT = SLOTS * CHUNK * 1024;
-constexpr int GATE_SUMS_AT = ROWS_AT + (N * W * 2 + 127) / 128 * 128;  // behind gate_up's rows
-constexpr int ROWS_END = at_least(ROWS_AT + at_least(ROWS_BYTES, CACHE_BYTES), GATE_SUMS_AT + GATE_SUM_BYTES);
-constexpr int SUMS_AT = (ROWS_END + 127) / 128 * 128;
-constexpr int EXCHANGE_AT = SUMS_AT + (at_least(SUM_BYTES, SCORE_BYTES) + 127) / 128 * 128;
-constexpr int BARRIERS_AT = EXCHANGE_AT + (8 * N * 4 + 127) / 128 * 128;
+constexpr int SUMS_AT = ROWS_AT + up_to(128, at_least(ROWS_BYTES, at_least(CACHE_BYTES, PIECES_BYTES)));
+constexpr int EXCHANGE_AT = SUMS_AT + up_to(128, at_least(SUM_ROWS * SUM_STRIDE * 4, at_least(SCORE_BYTES, SPLITS * N * 4)));
+constexpr int BARRIERS_AT = EXCHANGE_AT + up_to(128, 2 * 8 * COLUMNS * 4);
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
@@ -71,27 +79,26 @@ struct Arguments {
   float* x_t;                   // (N, A), noise in, actions out
   const float *in_weights, *in_bias;    // (A, W), (steps, W)
   const float *out_weights, *out_bias;  // (A, W), (A); -1/steps folded in
-  uint2* mail;                  // zeros before, see Mail
+  u32* mail;                    // (GENERATIONS, Mail::WORDS), EMPTY before
 };
 
-// Words {data, round}. x, q, attended, hidden, keys and values hold two bf16 each; parts and stats one float.
+// What CTAs tell each other in one round: two bf16 a word; parts and stats one float.
 struct Mail {
   static constexpr int X = N * W / 2, Q = N * H * D / 2, HIDDEN = N * F / 2, NEW = N * KV * D / 2;
-  static constexpr int PARTS = H * SPLITS * N * D, STATS = H * SPLITS * N * 2;
-  static constexpr int WORDS = 2 * X + 2 * Q + HIDDEN + 2 * NEW + PARTS + STATS;  // of one parity
-  uint2 *x, *middle, *q, *attended, *hidden, *keys, *values, *parts, *stats;
-  u32 round;  // never 0
+  static constexpr int PARTS_WORDS = H * SPLITS * N * D, STATS = H * SPLITS * N * 2;
+  static constexpr int WORDS = up_to(4, 2 * X + 2 * Q + HIDDEN + 2 * NEW + PARTS_WORDS + STATS);
+  u32 *x, *middle, *q, *attended, *hidden, *keys, *values, *parts, *stats;
 
-  __device__ Mail(uint2* base, u32 round) : round(round) {
-    x = base + (u64)(round & 1) * WORDS;  // enters a layer
-    middle = x + X;                       // between attention and MLP
+  __device__ Mail(u32* base, u32 round) {
+    x = base + (u64)(round % GENERATIONS) * WORDS;  // enters a layer
+    middle = x + X;                                 // between attention and MLP
     q = middle + X;
     attended = q + Q;
     hidden = attended + Q;
     keys = hidden + HIDDEN;               // the suffix's
     values = keys + NEW;
     parts = values + NEW;                 // (H, SPLITS, N, D)
-    stats = parts + PARTS;                // (H, SPLITS, N, {maximum, sum})
+    stats = parts + PARTS_WORDS;          // (H, SPLITS, N, {maximum, sum})
   }
 };
 
@@ -117,32 +124,42 @@ __device__ __forceinline__ u16 narrow(float value) { return (u16)narrow2(value, 
 // All warps that compute.
 __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
-// Two words, past the L1. Each word arrives whole.
-__device__ __forceinline__ uint4 ask(const uint2* words) {
+// Words, past the L1. Each arrives whole.
+__device__ __forceinline__ u32 ask(const u32* word) {
+  u32 v;
+  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(word) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint4 ask4(const u32* words) {
   uint4 v;
   asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words) : "memory");
   return v;
 }
 
-__device__ __forceinline__ bool answered(uint4 v, u32 round) { return v.y == round && v.w == round; }
+__device__ __forceinline__ bool complete(uint4 v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
 
-__device__ __forceinline__ void tell(uint2* word, u32 data, u32 round) {
-  asm volatile("st.volatile.global.v2.u32 [%0], {%1, %2};" ::"l"(word), "r"(data), "r"(round) : "memory");
+__device__ __forceinline__ void tell(u32* word, u32 data) {
+  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(word), "r"(data) : "memory");
 }
 
-__device__ __forceinline__ void tell2(uint2* words, u32 first, u32 second, u32 round) {
-  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(words), "r"(first), "r"(round), "r"(second) : "memory");
+// One word, asked for until it is there.
+__device__ __forceinline__ u32 read(const u32* word) {
+  u32 v;
+  do v = ask(word);
+  while (v == EMPTY);
+  return v;
 }
 
-// All warps go on when COUNT CTAs have written: one warp asks for a pair of words of each, `stride` words apart. Many that
-// ask at once would only slow down the answer.
-template <int COUNT>
-__device__ __forceinline__ void await(const uint2* words, int stride, u32 round) {
+// All warps go on when COUNT CTAs have written: one warp asks for a word of each, `stride` words apart. Many that ask at
+// once would only slow down the answer. The other warps do what `meanwhile` says.
+template <int COUNT, class Work>
+__device__ __forceinline__ void await(const u32* words, int stride, Work meanwhile) {
   constexpr int EACH = (COUNT + 31) / 32;
   if (threadIdx.x < 32) {
     bool all;
     do {
-      uint4 v[EACH];
+      u32 v[EACH];
       all = true;
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
@@ -150,23 +167,49 @@ __device__ __forceinline__ void await(const uint2* words, int stride, u32 round)
         v[i] = ask(words + (cta < COUNT ? cta : COUNT - 1) * stride);
       }
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) all &= answered(v[i], round);
+      for (int i = 0; i < EACH; ++i) all &= v[i] != EMPTY;
     } while (!__all_sync(0xffffffffu, all));
+  } else {
+    meanwhile();
   }
   sync();
 }
 
-// COUNT pairs of words, `stride` words apart, all asked for at once, and again should one not be there yet.
 template <int COUNT>
-__device__ __forceinline__ void read(const uint2* words, int stride, u32 round, uint4 (&v)[COUNT]) {
-  bool all;
-  do {
-    all = true;
+__device__ __forceinline__ void await(const u32* words, int stride) {
+  await<COUNT>(words, stride, [] {});
+}
+
+// Reads `items` of four words, at most MOST, by all threads. from(i) says where item i stands, put(i, words) what becomes of
+// it.
+template <int MOST, class From, class Put>
+__device__ __forceinline__ void gather(From from, Put put, int items = MOST) {
+  constexpr int ROUNDS = (MOST + THREADS - 1) / THREADS;
+  constexpr int BATCHES = (ROUNDS + 7) / 8, BATCH = (ROUNDS + BATCHES - 1) / BATCHES;  // as registers allow
+#pragma unroll 1
+  for (int first = threadIdx.x; first < items; first += BATCH * THREADS) {
+    uint4 v[BATCH];
+    bool all;
+    do {
+      all = true;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) v[i] = ask(words + i * stride);
+      for (int b = 0; b < BATCH; ++b) v[b] = ask4(from(first + b * THREADS < items ? first + b * THREADS : first));
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) all &= answered(v[i], round);
-  } while (!all);
+      for (int b = 0; b < BATCH; ++b) all &= complete(v[b]);
+    } while (!all);
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b)
+      if (first + b * THREADS < items) put(first + b * THREADS, v[b]);
+  }
+}
+
+// Makes rows of mail EMPTY, by all warps but the first; WORDS of each, a multiple of two.
+template <int WORDS>
+__device__ __forceinline__ void blank(u32* at, int rows, int stride) {
+  constexpr int PAIRS = WORDS / 2;
+#pragma unroll 1
+  for (int i = threadIdx.x - 32; i < rows * PAIRS; i += THREADS - 32)
+    *(uint2*)(at + i / PAIRS * stride + i % PAIRS * 2) = make_uint2(EMPTY, EMPTY);
 }
 
 __device__ __forceinline__ void copy16_async(const void* to, const void* from) {
@@ -294,8 +337,8 @@ __device__ __forceinline__ int place(int token, int column) {
 }
 
 // One unit: TILES x 16 weight rows over STEPS x 32 of K, by WM warps along the tiles and the rest along K, times the rows
-// in shared memory. Leaves partial sums (WK, TILES * 16, SUM_STRIDE) at INTO.
-template <int TILES, int WM, int STEPS, int INTO = SUMS_AT>
+// in shared memory. Leaves partial sums (WK, TILES * 16, SUM_STRIDE) at SUMS_AT.
+template <int TILES, int WM, int STEPS>
 struct Product {
   static constexpr int WK = WARPS / WM, MINE = TILES / WM, ROWS = TILES * 16;
   static constexpr int PER_CHUNK = CHUNK / TILES;                 // steps
@@ -349,7 +392,7 @@ struct Product {
         ring.advance();
       }
     }
-    float* sums = (float*)(memory + INTO);
+    float* sums = (float*)(memory + SUMS_AT);
 #pragma unroll
     for (int m = 0; m < MINE; ++m)
 #pragma unroll
@@ -362,7 +405,7 @@ struct Product {
   }
 
   static __device__ float sum(int row, int token) {
-    const float* sums = (const float*)(memory + INTO);
+    const float* sums = (const float*)(memory + SUMS_AT);
     float value = 0.0f;
 #pragma unroll
     for (int k = 0; k < WK; ++k) value += sums[(k * ROWS + row) * SUM_STRIDE + token];
@@ -370,78 +413,75 @@ struct Product {
   }
 };
 
-using GateProduct = Product<GATE, GATE_WM, W / 32, GATE_SUMS_AT>;
+using GateProduct = Product<GATE, GATE_WM, W / 32>;
 
 // ---------------------------------------------------------------- norm
 
-// Root-mean-square norm of x (N, W) with adaRMS scale and shift, bf16 into shared memory. A thread owns four columns, so
-// that it can hold its part of the modulation before the rows are there.
+// Root-mean-square norm of x (N, W) with adaRMS scale and shift, bf16 into shared memory. A warp takes a row at a time, a
+// lane its EIGHTS of eight columns.
 struct Norm {
-  static constexpr int BLOCKS = (W + THREADS * 4 - 1) / (THREADS * 4);
-  float4 scale[BLOCKS], shift[BLOCKS];
+  static constexpr int EIGHTS = (W / 8 + 31) / 32;
+  float4 scale[2 * EIGHTS], shift[2 * EIGHTS];
 
-  static __device__ int column(int block) { return (block * THREADS + threadIdx.x) * 4; }
+  static __device__ int column(int k) { return (k * 32 + (threadIdx.x & 31)) * 8; }
 
+  // Fetches the modulation before the rows are there.
   __device__ explicit Norm(const float* modulation) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      scale[b] = shift[b] = make_float4(0, 0, 0, 0);
-      if (column(b) < W) {
-        scale[b] = *(const float4*)(modulation + column(b));
-        shift[b] = *(const float4*)(modulation + W + column(b));
+    for (int k = 0; k < EIGHTS; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = column(k) < W ? column(k) + half * 4 : 0;
+        scale[2 * k + half] = *(const float4*)(modulation + at);
+        shift[2 * k + half] = *(const float4*)(modulation + W + at);
       }
-    }
   }
 
-  // A lane keeps the sums of REST of its rows, and gives those of the others to a lane that keeps them.
-  template <int REST>
-  static __device__ void halve(float (&sums)[16]) {
-    const bool upper = threadIdx.x & 2 * REST;
-#pragma unroll
-    for (int r = 0; r < REST; ++r) {
-      const float keep = upper ? sums[r + REST] : sums[r], give = upper ? sums[r] : sums[r + REST];
-      sums[r] = keep + __shfl_xor_sync(0xffffffffu, give, 2 * REST);
-    }
+  static __device__ float square(u32 pair) { return low(pair) * low(pair) + high(pair) * high(pair); }
+
+  static __device__ u32 modulate(u32 pair, float f, float scale0, float scale1, float shift0, float shift1) {
+    return narrow2(low(pair) * f * (1.0f + scale0) + shift0, high(pair) * f * (1.0f + scale1) + shift1);
   }
 
-  __device__ void apply(const uint2* x, u32 round) const {
-    __shared__ float partial[WARPS][16];
+  __device__ void apply(const u32* x) const {
     u16* rows = (u16*)(memory + ROWS_AT);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    uint4 v[BLOCKS][N];
-    float squares[16] = {};
-    await<W / 8>(x + (N - 1) * W / 2, 4, round);  // each CTA of a pair wrote eight columns
+    const int warp = threadIdx.x >> 5;
+    await<W / 8>(x + (N - 1) * W / 2, 4);  // each CTA wrote eight columns
+    constexpr int MINE = (N + WARPS - 1) / WARPS, AT_ONCE = MINE * EIGHTS <= 8 ? MINE : at_least(8 / EIGHTS, 1);
+#pragma unroll 1
+    for (int first = warp; first < N; first += AT_ONCE * WARPS) {
+      uint4 v[AT_ONCE][EIGHTS];
+      bool all;
+      do {
+        all = true;
 #pragma unroll
-    for (int b = 0; b < BLOCKS; ++b) {
-      if (column(b) >= W) continue;
-      read(x + column(b) / 2, W / 2, round, v[b]);
+        for (int r = 0; r < AT_ONCE; ++r)
 #pragma unroll
-      for (int r = 0; r < N; ++r)
-        squares[r] += low(v[b][r].x) * low(v[b][r].x) + high(v[b][r].x) * high(v[b][r].x) + low(v[b][r].z) * low(v[b][r].z) +
-                      high(v[b][r].z) * high(v[b][r].z);
-    }
-    // Each exchange halves the rows that a lane sums for: in the end lanes 2r and 2r + 1 hold row r.
-    halve<8>(squares);
-    halve<4>(squares);
-    halve<2>(squares);
-    halve<1>(squares);
-    squares[0] += __shfl_xor_sync(0xffffffffu, squares[0], 1);
-    if (!(lane & 1)) partial[warp][lane >> 1] = squares[0];
-    sync();
-    float sum = 0.0f;
+          for (int k = 0; k < EIGHTS; ++k) {
+            const int row = first + r * WARPS < N ? first + r * WARPS : first;
+            v[r][k] = ask4(x + row * (W / 2) + (column(k) < W ? column(k) : 0) / 2);
+          }
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += partial[w][lane & 15];
-    const float factor = rsqrtf(sum / W + EPSILON);
+        for (int r = 0; r < AT_ONCE; ++r)
 #pragma unroll
-    for (int r = 0; r < N; ++r) {
-      const float f = __shfl_sync(0xffffffffu, factor, r);
+          for (int k = 0; k < EIGHTS; ++k) all &= complete(v[r][k]);
+      } while (!__all_sync(0xffffffffu, all));
 #pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) {
-        if (column(b) >= W) continue;
-        const u32 first = v[b][r].x, second = v[b][r].z;
-        *(uint2*)(rows + place<W / 32>(r, column(b))) =
-            make_uint2(narrow2(low(first) * f * (1.0f + scale[b].x) + shift[b].x, high(first) * f * (1.0f + scale[b].y) + shift[b].y),
-                       narrow2(low(second) * f * (1.0f + scale[b].z) + shift[b].z, high(second) * f * (1.0f + scale[b].w) + shift[b].w));
+      for (int r = 0; r < AT_ONCE; ++r) {
+        const int row = first + r * WARPS;
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < EIGHTS; ++k)
+          if (column(k) < W) sum += square(v[r][k].x) + square(v[r][k].y) + square(v[r][k].z) + square(v[r][k].w);
+        const float f = rsqrtf(warp_sum(sum) / W + EPSILON);
+#pragma unroll
+        for (int k = 0; k < EIGHTS; ++k) {
+          if (column(k) >= W || row >= N) continue;
+          const float4 a = scale[2 * k], b = scale[2 * k + 1], c = shift[2 * k], d = shift[2 * k + 1];
+          *(uint4*)(rows + place<W / 32>(row, column(k))) =
+              make_uint4(modulate(v[r][k].x, f, a.x, a.y, c.x, c.y), modulate(v[r][k].y, f, a.z, a.w, c.z, c.w),
+                         modulate(v[r][k].z, f, b.x, b.y, d.x, d.y), modulate(v[r][k].w, f, b.z, b.w, d.z, d.w));
+        }
       }
     }
     sync();
@@ -491,23 +531,18 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
   float* scores = (float*)(q_shared + N * K_STRIDE);    // (COLUMNS, S_STRIDE)
   u16* weights = (u16*)(scores + COLUMNS * S_STRIDE);   // (COLUMNS, P_STRIDE)
   const int kv = my.head / (H / KV);
-  await<D / 16>(mail.q + ((N - 1) * H + my.head) * (D / 2), 4, mail.round);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < N * (D / 4); i += THREADS) {
-    const int token = i / (D / 4), column = i % (D / 4) * 4;
-    uint4 v[1];
-    read(mail.q + (token * H * D + my.head * D + column) / 2, 0, mail.round, v);
-    *(uint2*)(q_shared + token * K_STRIDE + column) = make_uint2(v[0].x, v[0].z);
-  }
-#pragma unroll 1
-  for (int i = my.standing() * (D / 4) + threadIdx.x; i < my.count * (D / 4); i += THREADS) {  // the suffix's keys and values
-    const int row = i / (D / 4), column = i % (D / 4) * 4, token = my.first + row - my.prefix;
-    uint4 k[1], v[1];
-    read(mail.keys + ((token * KV + kv) * D + column) / 2, 0, mail.round, k);
-    read(mail.values + ((token * KV + kv) * D + column) / 2, 0, mail.round, v);
-    *(uint2*)(k_shared + row * K_STRIDE + column) = make_uint2(k[0].x, k[0].z);
-    *(uint2*)(v_shared + row * V_STRIDE + column) = make_uint2(v[0].x, v[0].z);
-  }
+  await<D / 16>(mail.q + ((N - 1) * H + my.head) * (D / 2), 4);
+  constexpr int EIGHTS = D / 8;
+  gather<N * EIGHTS>([&](int i) { return mail.q + (i / EIGHTS * H + my.head) * (D / 2) + i % EIGHTS * 4; },
+                     [&](int i, uint4 v) { *(uint4*)(q_shared + i / EIGHTS * K_STRIDE + i % EIGHTS * 8) = v; });
+  const int standing = my.standing(), token = my.first + standing - my.prefix;  // the suffix's keys and values
+  const auto gather_new = [&](const u32* from, u16* to, int stride) {
+    gather<N * EIGHTS>([&](int i) { return from + ((token + i / EIGHTS) * KV + kv) * (D / 2) + i % EIGHTS * 4; },
+                       [&](int i, uint4 v) { *(uint4*)(to + (standing + i / EIGHTS) * stride + i % EIGHTS * 8) = v; },
+                       (my.count - standing) * EIGHTS);
+  };
+  gather_new(mail.keys, k_shared, K_STRIDE);
+  gather_new(mail.values, v_shared, V_STRIDE);
   wait_copies();
   sync();
 #pragma unroll 1
@@ -555,7 +590,8 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (half == 0 && token < N)
-      tell2(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top), __float_as_uint(sum), mail.round);
+      tell(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top)),
+          tell(mail.stats + (blockIdx.x * N + token) * 2 + 1, __float_as_uint(sum));
   }
   sync();
 #pragma unroll 1
@@ -581,74 +617,47 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
       for (int i = 0; i < 4; ++i) {
         const int token = j * 8 + 2 * t + (i & 1);
         if (token < N)
-          tell(mail.parts + (blockIdx.x * N + token) * D + tile * 16 + g + (i >> 1) * 8, __float_as_uint(o[j][i]), mail.round);
+          tell(mail.parts + (blockIdx.x * N + token) * D + tile * 16 + g + (i >> 1) * 8, __float_as_uint(o[j][i]));
       }
   }
 }
 
-// Add up what a head's CTAs found, each by how much it weighs. A CTA has a slice of the dims. SLICE lanes read a row of it,
-// whole sectors at a time; THREADS / SLICE rows at once, which are PORTIONS of the CTAs for each token.
+// Add up what a head's CTAs found, each by how much it weighs. A CTA has DIMS of the head's dims.
 __device__ __forceinline__ void combine(const Share& my, const Mail& mail) {
-  constexpr int DIMS = D / SPLITS, SLICE = DIMS / 2, PORTIONS = THREADS / SLICE / N < SPLITS ? THREADS / SLICE / N : SPLITS;
-  constexpr int EACH = (SPLITS + PORTIONS - 1) / PORTIONS;
-  static_assert(PORTIONS >= 1 && THREADS >= 16, "a token's slice for each thread");
-  float* shares = (float*)(memory + SUMS_AT);        // (SPLITS, N), how much each CTA's part weighs
-  float* sums = shares + (SPLITS * N + 3) / 4 * 4;   // (PORTIONS, N, DIMS)
-  await<SPLITS>(mail.parts + (my.head * SPLITS * N + N - 1) * D + D - 2, N * D, mail.round);
-  const int lane = threadIdx.x % SLICE, token = threadIdx.x / SLICE % N, portion = threadIdx.x / SLICE / N;
-  uint4 piece[EACH];
-  const bool reads = portion < PORTIONS;
-  if (reads) {
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        const int r = portion + k * PORTIONS < SPLITS ? portion + k * PORTIONS : SPLITS - 1;
-        piece[k] = ask(mail.parts + ((my.head * SPLITS + r) * N + token) * D + my.rank * DIMS + lane * 2);
-      }
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) all &= answered(piece[k], mail.round);
-    } while (!all);
-  }
-  __syncwarp();
+  float* shares = (float*)(memory + SUMS_AT);  // (SPLITS, N), how much each CTA's part weighs
+  float* pieces = (float*)(memory + ROWS_AT);  // (SPLITS, N, DIMS)
+  const u32* parts = mail.parts + my.head * SPLITS * N * D + my.rank * DIMS;
+  await<SPLITS>(mail.parts + (my.head * SPLITS * N + N - 1) * D + D - 1, N * D);
+  constexpr int FOURS = DIMS / 4;
+  gather<SPLITS * N * FOURS>([&](int i) { return parts + i / FOURS * D + i % FOURS * 4; },
+                             [&](int i, uint4 v) { *(uint4*)(pieces + i * 4) = v; });
 #pragma unroll 1
-  for (int i = threadIdx.x; i < (N * SPLITS + 31) / 32 * 32; i += THREADS) {  // SPLITS lanes a token
+  for (int i = threadIdx.x; i < up_to(32, N * SPLITS); i += THREADS) {  // SPLITS lanes a token
     const int of = i / SPLITS < N ? i / SPLITS : N - 1, r = i % SPLITS;
-    uint4 v[1];
-    read(mail.stats + ((my.head * SPLITS + r) * N + of) * 2, 0, mail.round, v);
+    const u32* stats = mail.stats + ((my.head * SPLITS + r) * N + of) * 2;
+    const float mine = __uint_as_float(read(stats)), weighs = __uint_as_float(read(stats + 1));
     __syncwarp();
-    const float mine = __uint_as_float(v[0].x);
     float top = mine;
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const float weight = __expf(mine - top);
-    float sum = weight * __uint_as_float(v[0].z);
+    float sum = weight * weighs;
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (i / SPLITS < N) shares[r * N + of] = weight / sum;
   }
   sync();
-  if (reads) {
-    float2 sum = make_float2(0, 0);
-#pragma unroll
-    for (int k = 0; k < EACH; ++k) {
-      if (portion + k * PORTIONS >= SPLITS) continue;
-      const float share = shares[(portion + k * PORTIONS) * N + token];
-      sum.x += share * __uint_as_float(piece[k].x), sum.y += share * __uint_as_float(piece[k].z);
-    }
-    *(float2*)(sums + (portion * N + token) * DIMS + lane * 2) = sum;
-  }
-  sync();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < N * SLICE; i += THREADS) {
+  for (int i = threadIdx.x; i < N * DIMS / 2; i += THREADS) {
+    const int token = i / (DIMS / 2), dim = i % (DIMS / 2) * 2;
     float2 sum = make_float2(0, 0);
 #pragma unroll
-    for (int k = 0; k < PORTIONS; ++k) {
-      const float2 part = *(const float2*)(sums + (k * N + i / SLICE) * DIMS + i % SLICE * 2);
-      sum.x += part.x, sum.y += part.y;
+    for (int r = 0; r < SPLITS; ++r) {
+      const float share = shares[r * N + token];
+      const float2 piece = *(const float2*)(pieces + (r * N + token) * DIMS + dim);
+      sum.x += share * piece.x, sum.y += share * piece.y;
     }
-    tell(mail.attended + (i / SLICE * H * D + my.head * D + my.rank * DIMS) / 2 + i % SLICE, narrow2(sum.x, sum.y), mail.round);
+    tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / 2, narrow2(sum.x, sum.y));
   }
 }
 
@@ -658,7 +667,7 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail) {
 struct HeadPair {
   int token = threadIdx.x / 8, row = threadIdx.x % 8;
   float cosine = 1.0f, sine = 0.0f;
-  uint2* to;
+  u32* to;
 
   // Looks everything up before the product is there.
   __device__ HeadPair(const Arguments& p, const Mail& mail, int unit, int prefix) {
@@ -670,7 +679,7 @@ struct HeadPair {
     to += dim / 2;
   }
 
-  __device__ void store(u32 round) const {
+  __device__ void store() const {
     using P = Product<1, 1, W / 32>;
     if (warp_beyond(8 * N)) return;
     const int safe = token < N ? token : N - 1;
@@ -678,8 +687,8 @@ struct HeadPair {
     const float first = a * cosine - b * sine, second = b * cosine + a * sine;
     const float first_next = __shfl_down_sync(0xffffffffu, first, 1), second_next = __shfl_down_sync(0xffffffffu, second, 1);
     if (row % 2 || token >= N) return;
-    tell(to, narrow2(first, first_next), round);
-    tell(to + D / 4, narrow2(second, second_next), round);
+    tell(to, narrow2(first, first_next));
+    tell(to + D / 4, narrow2(second, second_next));
   }
 };
 
@@ -692,77 +701,77 @@ __device__ __forceinline__ void store_hidden(const Mail& mail, int unit) {
     const int token = i % N, pair = i / N * 2, row = pair / 8 * 16 + pair % 8;
     const float first = gelu(P::sum(row, token)) * P::sum(row + 8, token);
     const float second = gelu(P::sum(row + 1, token)) * P::sum(row + 9, token);
-    tell(mail.hidden + (token * F + unit * OUT + pair) / 2, narrow2(first, second), mail.round);
+    tell(mail.hidden + (token * F + unit * OUT + pair) / 2, narrow2(first, second));
   }
 }
 
-// to = x + gate * (input @ weights^T), for `out` and `down`. Each CTA of a pair takes half of K, and in the end half the
-// rows. Of the input, a CTA wrote WRITTEN columns. Input and `x` are of `round`, `to` is written in `to_round`.
-template <int K, int WRITTEN>
-__device__ __forceinline__ void project(Ring& ring, u32& parity, const uint2* input, u32 round, const uint2* x,
-                                        const float* gate, uint2* to, u32 to_round) {
+// to = x + gate * (input @ weights^T), for `out` and `down`. Each CTA of a pair takes half of K, and in the end half of the
+// rows. Of the input, a CTA wrote WRITTEN columns.
+template <int K, int WRITTEN, class Work>
+__device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* input, const u32* x, const float* gate, u32* to,
+                                        Work meanwhile) {
+  constexpr int EIGHTS = K / 2 / 8;
   using P = Product<1, 1, K / 64>;
-  if (blockIdx.x >= PAIRED_UNITS) return;
   u16* rows = (u16*)(memory + ROWS_AT);
-  float* exchange = (float*)(memory + EXCHANGE_AT);  // (8, N)
+  float* exchange = (float*)(memory + EXCHANGE_AT);  // (2, 8, COLUMNS), from each CTA of the pair
   u64* exchanged = Ring::arrived(2 * SLOTS);
-  const int half = blockIdx.x & 1;
-  const int row = threadIdx.x % 8, token = threadIdx.x / 8, column = blockIdx.x / 2 * 16 + half * 8 + row;
-  const bool mine = token < N;
-  const float factor = mine ? gate[column] : 0.0f;
-  await<K / 2 / WRITTEN>(input + ((N - 1) * K + half * (K / 2)) / 2, WRITTEN / 2, round);
-  constexpr int PAIRS = K / 8;  // of words, in a token's half
-  constexpr int BLOCKS = (PAIRS + THREADS - 1) / THREADS, AT_ONCE = BLOCKS * N <= 24 ? BLOCKS : 1;  // as registers allow
-#pragma unroll
-  for (int first = 0; first < BLOCKS; first += AT_ONCE) {
-    uint4 v[AT_ONCE][N];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int b = 0; b < AT_ONCE; ++b)
-#pragma unroll
-        for (int r = 0; r < N; ++r) {
-          const int pair = (first + b) * THREADS + threadIdx.x;
-          v[b][r] = ask(input + r * (K / 2) + (half * (K / 2) + (pair < PAIRS ? pair : PAIRS - 1) * 4) / 2);
-        }
-#pragma unroll
-      for (int b = 0; b < AT_ONCE; ++b)
-#pragma unroll
-        for (int r = 0; r < N; ++r) all &= answered(v[b][r], round);
-    } while (!all);
-#pragma unroll
-    for (int b = 0; b < AT_ONCE; ++b)
-#pragma unroll
-      for (int r = 0; r < N; ++r) {
-        const int pair = (first + b) * THREADS + threadIdx.x;
-        if (pair < PAIRS) *(uint2*)(rows + place<K / 64>(r, pair * 4)) = make_uint2(v[b][r].x, v[b][r].z);
-      }
-  }
-  float before = 0.0f;
-  if (mine) {
-    uint4 v[1];
-    read(x + (token * W + column) / 4 * 2, 0, round, v);
-    const u32 pair = column & 2 ? v[0].z : v[0].x;
-    before = column & 1 ? high(pair) : low(pair);
-  }
+  const int half = blockIdx.x & 1, row = threadIdx.x % 8, token = threadIdx.x / 8, column = blockIdx.x * 8 + row;
+  const float factor = gate[column];
+  const u32* from = input + half * (K / 4);
+  await<K / 2 / WRITTEN>(from + (N - 1) * (K / 2), WRITTEN / 2, meanwhile);
+  gather<N * EIGHTS>([&](int i) { return from + i / EIGHTS * (K / 2) + i % EIGHTS * 4; },
+                     [&](int i, uint4 v) { *(uint4*)(rows + place<K / 64>(i / EIGHTS, i % EIGHTS * 8)) = v; });
+  const u32 before = token < N ? read(x + (token * W + column) / 2) : 0;
   sync();
   P::multiply(ring);
   if (threadIdx.x == 0) expect(exchanged, 8 * N * 4);
-  if (!warp_beyond(8 * N)) {
-    const int safe = mine ? token : N - 1;
-    if (mine) send(exchange + row * N + token, P::sum((half ^ 1) * 8 + row, token), exchanged, half ^ 1);
-    const float here = P::sum(half * 8 + row, safe);
-    wait(exchanged, parity);
-    const float value = before + (here + exchange[row * N + safe]) * factor;
-    const float next = __shfl_down_sync(0xffffffffu, value, 1);
-    if (mine && row % 2 == 0) tell(to + (token * W + column) / 2, narrow2(value, next), to_round);
+#pragma unroll
+  for (int i = threadIdx.x; i < 16 * COLUMNS; i += THREADS) {  // neighbours take neighbouring tokens: no bank twice
+    const int of = i / COLUMNS, whose = i % COLUMNS;
+    if (whose >= N) continue;
+    float* at = exchange + (half * 8 + of % 8) * COLUMNS + whose;
+    const float value = P::sum(of, whose);
+    if (of / 8 == half) *at = value;
+    else send(at, value, exchanged, half ^ 1);
   }
+  sync();
+  wait(exchanged, parity);
   parity ^= 1;
+  if (warp_beyond(8 * N)) return;
+  const int safe = token < N ? token : N - 1;
+  const float sum = exchange[row * COLUMNS + safe] + exchange[(8 + row) * COLUMNS + safe];
+  const float value = (row % 2 ? high(before) : low(before)) + sum * factor;
+  const float next = __shfl_down_sync(0xffffffffu, value, 1);
+  if (token < N && row % 2 == 0) tell(to + (token * W + column) / 2, narrow2(value, next));
+}
+
+// Makes EMPTY, in a generation that nobody reads, all that this CTA writes. By all warps but the first.
+__device__ __forceinline__ void empty(const Mail& old) {
+  const int cta = blockIdx.x;
+  if (cta < PAIRED_UNITS) {
+    blank<4>(old.x + cta * 4, N, W / 2);
+    blank<4>(old.middle + cta * 4, N, W / 2);
+  }
+#pragma unroll 1
+  for (int unit = cta; unit < QKV_UNITS; unit += CTAS) {
+    const int head = unit / (D / 16), at = unit % (D / 16) * 4;
+    u32* to = head < H ? old.q + head * (D / 2) : head < H + KV ? old.keys + (head - H) * (D / 2) : old.values + (head - H - KV) * (D / 2);
+    const int stride = (head < H ? H : KV) * (D / 2);
+    blank<4>(to + at, N, stride);
+    blank<4>(to + at + D / 4, N, stride);
+  }
+#pragma unroll 1
+  for (int unit = cta; unit < GATE_UNITS; unit += CTAS) blank<GATE * 4>(old.hidden + unit * GATE * 4, N, F / 2);
+  if (cta < H * SPLITS) {
+    blank<DIMS / 2>(old.attended + (cta / SPLITS * D + cta % SPLITS * DIMS) / 2, N, H * D / 2);
+    blank<N * D>(old.parts + cta * N * D, 1, 0);
+    blank<N * 2>(old.stats + cta * N * 2, 1, 0);
+  }
+  __threadfence();
 }
 
 // x_t (A) float32 -> a suffix row.
-__device__ __forceinline__ void embed(const float* action, const float* weights, const float* bias, uint2* row, u32 round) {
+__device__ __forceinline__ void embed(const float* action, const float* weights, const float* bias, u32* row) {
 #pragma unroll 1
   for (int i = threadIdx.x * 2; i < W; i += THREADS * 2) {
     float2 value = *(const float2*)(bias + i);
@@ -771,12 +780,12 @@ __device__ __forceinline__ void embed(const float* action, const float* weights,
       const float2 w = *(const float2*)(weights + a * W + i);
       value.x += action[a] * w.x, value.y += action[a] * w.y;
     }
-    tell(row + i / 2, narrow2(value.x, value.y), round);
+    tell(row + i / 2, narrow2(value.x, value.y));
   }
 }
 
-// Final norm, velocity, Euler update and the next step's row, for the token of this CTA. `mail` is the next round's.
-__device__ __forceinline__ void finish(const Arguments& p, const Mail& mail, int step) {
+// Final norm, velocity, Euler update and the next step's row, for the token of this CTA.
+__device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* next_x, int step) {
   __shared__ __align__(16) float normed[W];
   __shared__ float action[A], squares[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.x;
@@ -784,9 +793,8 @@ __device__ __forceinline__ void finish(const Arguments& p, const Mail& mail, int
   float sum = 0.0f;
 #pragma unroll 1
   for (int i = threadIdx.x * 4; i < W; i += THREADS * 4) {
-    uint4 v[1];
-    read(mail.x + (token * W + i) / 2, 0, mail.round, v);
-    const float4 f = make_float4(low(v[0].x), high(v[0].x), low(v[0].z), high(v[0].z));
+    const u32 first = read(x + (token * W + i) / 2), second = read(x + (token * W + i) / 2 + 1);
+    const float4 f = make_float4(low(first), high(first), low(second), high(second));
     *(float4*)(normed + i) = f;
     sum += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
   }
@@ -816,33 +824,29 @@ __device__ __forceinline__ void finish(const Arguments& p, const Mail& mail, int
     }
   }
   sync();
-  // A round of its own: the layer that ended wrote x in mail.round, and some may still be reading it.
-  const Mail next(p.mail, mail.round + 1);
-  if (step + 1 < p.steps) embed(action, p.in_weights, p.in_bias + (step + 1) * W, next.x + token * (W / 2), next.round);
+  if (step + 1 < p.steps) embed(action, p.in_weights, p.in_bias + (step + 1) * W, next_x + token * (W / 2));
 }
 
 __device__ __forceinline__ void compute(const Arguments& p) {
   Ring ring;
-  u32 parity = 0, round = 1;
-  if (blockIdx.x < N) {
-    const Mail mail(p.mail, round);
-    embed(p.x_t + blockIdx.x * A, p.in_weights, p.in_bias, mail.x + blockIdx.x * (W / 2), round);
-  }
+  u32 parity = 0, round = 0;
+  if (blockIdx.x < N) embed(p.x_t + blockIdx.x * A, p.in_weights, p.in_bias, Mail(p.mail, round).x + blockIdx.x * (W / 2));
 #pragma unroll 1
   for (int step = 0; step < p.steps; ++step) {
 #pragma unroll 1
     for (int layer = 0; layer < LAYERS; ++layer, ++round) {
       const float* modulation = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * layer) * 3 * W;
-      const Mail mail(p.mail, round), next(p.mail, round + 1);
+      const Mail mail(p.mail, round), next(p.mail, round + 1), old(p.mail, round + 2);
       const Share my(p, layer);
-      if (blockIdx.x < QKV_UNITS) Norm(modulation).apply(mail.x, round);
+      if (blockIdx.x >= PAIRED_UNITS && threadIdx.x >= 32) empty(old);
+      if (blockIdx.x < QKV_UNITS) Norm(modulation).apply(mail.x);
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < QKV_UNITS; unit += CTAS) {
         if (unit > blockIdx.x) sync();
         const HeadPair pair(p, mail, unit, my.prefix);
         Product<1, 1, W / 32>::multiply(ring);
         if (unit + CTAS >= QKV_UNITS && blockIdx.x < H * SPLITS) my.fetch_ahead();
-        pair.store(round);
+        pair.store();
       }
       if (blockIdx.x < H * SPLITS) {
         if (blockIdx.x >= QKV_UNITS) my.fetch_ahead();
@@ -851,9 +855,10 @@ __device__ __forceinline__ void compute(const Arguments& p) {
         combine(my, mail);
       }
       sync();
-      project<H * D, D / SPLITS>(ring, parity, mail.attended, round, mail.x, modulation + 2 * W, mail.middle, round);
+      if (blockIdx.x < PAIRED_UNITS)
+        project<H * D, DIMS>(ring, parity, mail.attended, mail.x, modulation + 2 * W, mail.middle, [] {});
       sync();
-      if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W).apply(mail.middle, round);
+      if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W).apply(mail.middle);
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < GATE_UNITS; unit += CTAS) {
         if (unit > blockIdx.x) sync();
@@ -861,10 +866,14 @@ __device__ __forceinline__ void compute(const Arguments& p) {
         store_hidden(mail, unit);
       }
       sync();
-      project<F, GATE * 8>(ring, parity, mail.hidden, round, mail.middle, modulation + 5 * W, next.x, next.round);
+      if (blockIdx.x < PAIRED_UNITS)
+        project<F, GATE * 8>(ring, parity, mail.hidden, mail.middle, modulation + 5 * W, next.x, [&] { empty(old); });
       sync();
     }
-    if (blockIdx.x < N) finish(p, Mail(p.mail, round), step);
+    // A round of its own: the layer that ended wrote x of this round, and some may still be reading it.
+    const u32* x = Mail(p.mail, round).x;
+    if (blockIdx.x < N) finish(p, x, Mail(p.mail, round + 1).x, step);
+    await<W / 8>(x + (N - 1) * W / 2, 4, [&] { empty(Mail(p.mail, round + 2)); });
     ++round;
     sync();
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cuda_module import CudaModule
+from .cuda_module import CudaModule, Launch
 
 SOURCE = Path(__file__).with_name("denoise.cu")
 MAX_ROWS = 16
 RMS_EPS = 1e-6
 WARPS = 8
+PAIR = 2
+"""CTAs that share a tile of `out` and `down`, each over half of K."""
 GATE_TILES = 4
 CHUNK_BYTES = 16 << 10
 IN_FLIGHT = 1
 """Chunks that a CTA asks memory for at once. More queue up, and what CTAs tell each other queues behind them."""
 STATIC_BYTES = 8 << 10
 """Of shared memory, left for the kernel's own arrays."""
+GENERATIONS = 4
+EMPTY = -1
+"""What a word of mail holds before it is written: a NaN that no arithmetic makes."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,6 @@ class Shape:
         if not 1 <= rows <= MAX_ROWS:
             found.append(f"{rows} suffix rows are not 1 to {MAX_ROWS}")
         return found
-
-    @property
-    def gate_tiles(self) -> int:
-        """16-row tiles of gate and up that a CTA computes at once."""
-        return math.gcd(GATE_TILES, self.mlp_dim // 8)
 
 
 def pack(weights: Tensor, tiles: int, parts: int = 1) -> Tensor:
@@ -149,6 +149,90 @@ class _Arguments(ctypes.Structure):
     _fields_ = [("steps", ctypes.c_int), ("slots", ctypes.c_int), *((name, ctypes.c_void_p) for name in _POINTERS)]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the kernel is laid out on a GPU: what denoise.cu is compiled with, and how it is launched.
+
+    Attributes:
+        shape: that it computes.
+        ctas: in all.
+        splits: CTAs that share a head's keys.
+        keys: of a split, at most.
+        slots: of the ring.
+        in_flight: chunks of weights that a CTA asks memory for at once.
+    """
+
+    shape: Shape
+    ctas: int
+    splits: int
+    keys: int
+    slots: int
+    in_flight: int
+
+    @staticmethod
+    def fit(shape: Shape, properties: Any, in_flight: int = IN_FLIGHT) -> Plan:
+        """The plan for a device. Raises ValueError where the device is too small."""
+        most = properties.multi_processor_count // PAIR * PAIR
+        splits = _power_of_two(min(most // shape.heads, shape.head_dim // 4, 16))
+        heads = shape.heads + 2 * shape.kv_heads
+        # Phases with a unit a CTA, then phases where a CTA may do several.
+        units = shape.width // 8, shape.heads * splits, shape.rows
+        more = heads * shape.head_dim // 16, shape.mlp_dim // 8 // GATE_TILES
+        shares = (math.ceil(count / math.ceil(count / most)) for count in more)
+        ctas = min(most, _up_to(PAIR, max(*units, *shares)))
+        if max(units) > ctas:
+            raise ValueError(
+                f"the denoise kernel needs {max(units)} multiprocessors for this model; {properties.name} has "
+                f"{properties.multi_processor_count}"
+            )
+        keys = _up_to(16, math.ceil(math.ceil(shape.longest / splits) / 8) * 8)
+        plan = Plan(shape, ctas, splits, keys, 0, in_flight)
+        slots = min(16, (_shared_memory(properties) - STATIC_BYTES - plan.shared_bytes) // CHUNK_BYTES)
+        if slots < 2:
+            raise ValueError(
+                f"the denoise kernel needs {plan.shared_bytes + 2 * CHUNK_BYTES} bytes of shared memory for this model"
+            )
+        return replace(plan, slots=slots)
+
+    @property
+    def definitions(self) -> dict[str, int]:
+        """For the compiler."""
+        shape = self.shape
+        return {
+            "W": shape.width, "H": shape.heads, "KV": shape.kv_heads, "D": shape.head_dim, "F": shape.mlp_dim,
+            "N": shape.rows, "A": shape.action_dim, "LAYERS": shape.depth, "GATE": GATE_TILES, "KEYS": self.keys,
+            "SPLITS": self.splits, "CTAS": self.ctas, "WARPS": WARPS, "SLOTS": self.slots,
+            "IN_FLIGHT": self.in_flight,
+        }  # fmt: skip
+
+    @property
+    def launch(self) -> Launch:
+        """For the driver."""
+        return Launch(self.ctas, 32 * (WARPS + 1), self.shared_bytes, cluster=PAIR)
+
+    @property
+    def mail_words(self) -> int:
+        """Words of 4 bytes that CTAs tell each other in one round."""
+        shape = self.shape
+        inner = shape.heads * shape.head_dim
+        words = shape.rows * (shape.width + inner + shape.mlp_dim // 2 + shape.kv_heads * shape.head_dim)
+        return _up_to(4, words + shape.heads * self.splits * shape.rows * (shape.head_dim + 2))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory as denoise.cu lays it out."""
+        shape, keys = self.shape, self.keys
+        columns = _up_to(8, shape.rows)
+        rows = shape.rows * max(shape.width, shape.heads * shape.head_dim // PAIR, shape.mlp_dim // PAIR)
+        cache = keys * (2 * shape.head_dim + 40)
+        pieces = shape.rows * shape.head_dim * 2
+        sums = WARPS // 2 * GATE_TILES * 16 * (columns + 8 - columns % 16) * 4
+        scores = shape.rows * (shape.head_dim + 32) * 2 + columns * ((keys + 4) * 4 + (keys + 8) * 2)
+        shares = self.splits * shape.rows * 4
+        parts = 2 * max(rows, cache, pieces), max(sums, scores, shares), 2 * 8 * columns * 4
+        return sum(_up_to(128, part) for part in parts) + self.slots * CHUNK_BYTES + 1024
+
+
 class DenoiseKernel:
     """The compiled kernel with packed weights and scratch memory, for one shape on one device.
 
@@ -162,85 +246,40 @@ class DenoiseKernel:
     def __init__(self, shape: Shape, layers: Sequence[Layer], device: torch.device, in_flight: int = IN_FLIGHT) -> None:
         self.shape, self.device = shape, device
         properties = torch.cuda.get_device_properties(device)
-        self._splits = _power_of_two(min(properties.multi_processor_count // shape.heads, shape.head_dim // 4, 16))
-        heads = shape.heads + 2 * shape.kv_heads
-        paired = shape.width // 8
-        units = (
-            heads * shape.head_dim // 16,
-            shape.mlp_dim // 8 // shape.gate_tiles,
-            paired,
-            shape.heads * self._splits,
-        )
-        self._ctas = min(properties.multi_processor_count // 2 * 2, math.ceil(max(units) / 2) * 2)
-        if max(paired, units[-1]) > self._ctas:
-            raise ValueError(
-                f"the denoise kernel needs {max(paired, units[-1])} multiprocessors for this width; "
-                f"{properties.name} has {properties.multi_processor_count}"
-            )
-        keys = math.ceil(math.ceil(math.ceil(shape.longest / self._splits) / 8) * 8 / 16) * 16
-        rest = self._bytes_beside_the_ring(keys)
-        self._slots = min(16, (_shared_memory(properties) - STATIC_BYTES - rest) // CHUNK_BYTES)
-        if self._slots < 2:
-            raise ValueError(f"the denoise kernel needs {rest + 2 * CHUNK_BYTES} bytes of shared memory for this model")
-        self._shared_bytes = self._slots * CHUNK_BYTES + rest
-        definitions = {
-            "W": shape.width, "H": shape.heads, "KV": shape.kv_heads, "D": shape.head_dim, "F": shape.mlp_dim,
-            "N": shape.rows, "A": shape.action_dim, "LAYERS": shape.depth, "GATE": shape.gate_tiles, "KEYS": keys,
-            "SPLITS": self._splits, "CTAS": self._ctas, "WARPS": WARPS, "SLOTS": self._slots,
-            "IN_FLIGHT": in_flight,
-        }  # fmt: skip
-        self._module = CudaModule(SOURCE, definitions, device)
-        inner = shape.heads * shape.head_dim
+        self._plan = plan = Plan.fit(shape, properties, in_flight)
+        self._module = CudaModule(SOURCE, plan.definitions, device)
+        if self._module.clusters("denoise", plan.launch) * PAIR < plan.ctas:
+            raise ValueError(f"{properties.name} does not hold {plan.ctas} CTAs of the denoise kernel at once")
         qkv_rows, gate_rows = (order(shape).to(device) for order in (qkv_order, gate_order))
         self._weights = {
             "qkv": torch.stack([pack(layer.qkv[qkv_rows], 1) for layer in layers]),
-            "out": torch.stack([pack(layer.out, 1, 2) for layer in layers]),
-            "gate_up": torch.stack([pack(layer.gate_up[gate_rows], shape.gate_tiles) for layer in layers]),
-            "down": torch.stack([pack(layer.down, 1, 2) for layer in layers]),
+            "out": torch.stack([pack(layer.out, 1, PAIR) for layer in layers]),
+            "gate_up": torch.stack([pack(layer.gate_up[gate_rows], GATE_TILES) for layer in layers]),
+            "down": torch.stack([pack(layer.down, 1, PAIR) for layer in layers]),
         }
-        words = shape.rows * (shape.width + inner + shape.mlp_dim // 2 + shape.kv_heads * shape.head_dim)
-        words += shape.heads * self._splits * shape.rows * (shape.head_dim + 2)
-        self._mail = torch.zeros(2, words, 2, dtype=torch.int32, device=device)
+        self._mail = torch.empty(GENERATIONS, plan.mail_words, dtype=torch.int32, device=device)
 
     def run(self, schedule: Schedule, cache: Cache, x_t: Tensor) -> None:
         """All steps: x_t (rows, action_dim) float32 goes from noise to actions. Twin: `denoise_ref`.
 
         All tensors contiguous. Only launches: nothing is allocated or waited for.
         """
-        self._mail.zero_()  # so that no word of an earlier run passes for one of this
+        self._mail.fill_(EMPTY)  # so that no word of an earlier run passes for one of this
         tensors = self._weights | {"mail": self._mail, "x_t": x_t}
         tensors |= {f.name: getattr(part, f.name) for part in (schedule, cache) for f in fields(part)}
         arguments = _Arguments(
             schedule.modulation.shape[0], cache.keys.shape[-2], *(tensors[name].data_ptr() for name in _POINTERS)
         )
-        self._module.launch(
-            "denoise",
-            arguments,
-            blocks=self._ctas,
-            threads=32 * (WARPS + 1),
-            shared_bytes=self._shared_bytes,
-            cluster=2,
-        )
-
-    def _bytes_beside_the_ring(self, keys: int) -> int:
-        """Shared memory as denoise.cu lays it out."""
-        shape = self.shape
-        columns = math.ceil(shape.rows / 8) * 8
-        sum_stride = columns + 8 - columns % 16
-        rows = shape.rows * max(shape.width, shape.heads * shape.head_dim // 2, shape.mlp_dim // 2) * 2
-        cache = keys * (2 * shape.head_dim + 40) * 2
-        along_tiles = 2 if shape.gate_tiles > 1 else 1
-        gate_sums = WARPS // along_tiles * shape.gate_tiles * 16 * sum_stride * 4
-        gate = math.ceil(shape.rows * shape.width * 2 / 128) * 128 + gate_sums
-        sums = WARPS * 16 * sum_stride * 4
-        scores = shape.rows * (shape.head_dim + 32) * 2 + columns * ((keys + 4) * 4 + (keys + 8) * 2)
-        parts = (max(rows, cache, gate), max(sums, scores), 8 * shape.rows * 4)
-        return sum(math.ceil(part / 128) * 128 for part in parts) + 1024
+        self._module.launch("denoise", arguments, self._plan.launch)
 
 
 def _shared_memory(properties: Any) -> int:
     """Bytes that one CTA may ask for; not in every version's type stubs."""
     return int(properties.shared_memory_per_block_optin)
+
+
+def _up_to(multiple: int, number: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 def _power_of_two(limit: int) -> int:
