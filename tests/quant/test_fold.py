@@ -35,7 +35,7 @@ def same(a: Tensor, b: Tensor) -> None:
     assert float((a - b).norm() / b.norm()) <= TOLERANCE
 
 
-def apply(linear: fold.Affine, x: Tensor) -> Tensor:
+def apply(linear: fold.Affine | fold.FoldedAffine[Tensor], x: Tensor) -> Tensor:
     return F.linear(x, linear.weight, linear.bias)
 
 
@@ -99,7 +99,9 @@ def test_the_patch_convolution_is_a_product(model: Pi0) -> None:
 def test_gemma_blocks(model: Pi0, tower: str) -> None:
     config = getattr(model.config, tower)
     x, cond = random(2, 5, config.width), random(2, model.config.expert.width, seed=1)
-    blocks = [fold.fold_gemma_block(block, torch.float32) for block in getattr(model, tower).blocks]
+    blocks = [
+        fold.fold_gemma_block(block, fold.Rounding(torch.float32), tower) for block in getattr(model, tower).blocks
+    ]
     for block, reference in zip(blocks, getattr(model, tower).blocks, strict=True):
         plain_norm = isinstance(reference.input_layernorm, RMSNorm)
         normed, _ = reference.input_layernorm(x, cond)

@@ -10,9 +10,10 @@ import torch
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from serve_fakes import open_raw, wait_for
 
-from turbopi import Policy, load_policy
+from turbopi import Policy, RuntimeConfig, load_policy
 from turbopi.checkpoint import init_checkpoint
 from turbopi.config import preset
+from turbopi.runtime import ReuseConfig
 from turbopi.serve import ServedPolicy, ServerThread, encode
 
 # The published client opens its websocket in a way that newer `websockets` versions warn about.
@@ -76,3 +77,19 @@ def test_a_bad_observation_is_a_bad_request_that_names_the_key(policy: Policy, n
         last = str(client.recv(timeout=30)).splitlines()[-1]
         assert last.startswith("InputError: ")
         assert key in last
+
+
+def test_every_connection_has_a_runtime_of_its_own(policy: Policy) -> None:
+    """What one client's ticks reuse does not depend on the other's; each starts as after a reset."""
+    runtime = RuntimeConfig(steps=2, reuse=ReuseConfig(every=2))
+    served: ServedPolicy = Policy(policy.transforms, policy.engine, runtime)
+    told = []
+    with ServerThread(served) as server:
+        clients = [WebsocketClientPolicy("127.0.0.1", server.port) for _ in range(2)]
+        for client, index in ((0, 0), (0, 1), (1, 2), (0, 3), (1, 4), (1, 5)):
+            reply = clients[client].infer(observation(index))
+            told.append((client, reply["runtime"]["prefix"], reply["runtime"]["age"]))
+        for each in clients:
+            each._ws.close()
+    assert [entry[1:] for entry in told if entry[0] == 0] == [("full", 0), ("fast", 1), ("full", 0)]
+    assert [entry[1:] for entry in told if entry[0] == 1] == [("full", 0), ("fast", 1), ("full", 0)]

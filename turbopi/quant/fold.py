@@ -1,14 +1,14 @@
 """Weight folding: the reference's weights rewritten so that fewer operations give the same numbers (SPEC 1.6).
 
-Pure functions. Every fold is an identity in exact arithmetic; it is computed in float32 (or wider) and rounded to the
-target dtype once. The reference model is only read.
+Pure functions. Every fold is an identity in exact arithmetic; it is computed in float32 (or wider) and rounded once, by
+a `Rounding`, which decides how a matrix is kept. The reference model is only read.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from ..model import Pi0
 from ..model.flow import time_embedding, time_schedule
 from ..model.gemma import AdaRMSNorm, Block, RMSNorm
 from ..model.siglip import Block as VisionBlock
+
+W = TypeVar("W")
+"""A matrix as a `Rounding` keeps it: a tensor, or what stands for one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +30,39 @@ class Affine:
     bias: Tensor
 
 
+class Rounding:
+    """Keeps every folded matrix as a tensor of one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def brings_bias(self, product: str) -> bool:
+        """Whether a product that is added to the residual stream has its own bias, not in the way of the next one."""
+        return False
+
+    def keep(self, product: str, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """A matrix (out, in) float32 of the product with this name (`product_names`), and its bias if it brings one."""
+        return weight.to(self.dtype, copy=True).contiguous()
+
+    def keep_affine(self, product: str, linear: Affine) -> FoldedAffine:
+        """The same of a linear whose bias is added by the product itself."""
+        return FoldedAffine(self.keep(product, linear.weight), linear.bias.to(self.dtype).contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedAffine(Generic[W]):
+    """An `Affine` whose weight a `Rounding` has kept."""
+
+    weight: W
+    bias: Tensor
+
+
 CONSTANT = 16.0
 """What the constant hidden unit holds: tanh-GELU leaves it as it is, and dividing by it loses nothing."""
 
 
 @dataclass(frozen=True, eq=False)
-class FoldedVisionBlock:
+class FoldedVisionBlock(Generic[W]):
     """A SigLIP block behind norms without affine, whose two products onto the residual stream need no bias.
 
     Attributes:
@@ -41,13 +71,16 @@ class FoldedVisionBlock:
         out_bias: (1, width) float32, for the norm in between, which adds it to what it reads.
         fc1: (hidden, width), hidden of `hidden_width`. Unit mlp_dim is `CONSTANT`, those behind it are 0.
         fc2: (width, hidden). Behind the constant unit stand its own bias and `out_bias`.
+
+    A product that brings its bias (`Rounding.brings_bias`) has it beside its weight, and the stream never lacks it:
+    `out_bias` is then 0, or the column behind the constant unit.
     """
 
-    qkv: Affine
-    out: Tensor
+    qkv: FoldedAffine[W]
+    out: W
     out_bias: Tensor
-    fc1: Affine
-    fc2: Tensor
+    fc1: FoldedAffine[W]
+    fc2: W
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +96,12 @@ class FoldedVision:
 
     patch: Tensor
     position: Tensor
-    blocks: tuple[FoldedVisionBlock, ...]
+    blocks: tuple[FoldedVisionBlock[Any], ...]
     projector: Affine
 
 
 @dataclass(frozen=True, eq=False)
-class FoldedGemmaBlock:
+class FoldedGemmaBlock(Generic[W]):
     """A Gemma block behind norms without weight.
 
     Attributes:
@@ -78,10 +111,10 @@ class FoldedGemmaBlock:
         down: (width, mlp_dim).
     """
 
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: W
+    out: W
+    gate_up: W
+    down: W
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +130,8 @@ class FoldedPrefix:
 
     embedding: Tensor
     scale: float
-    blocks: tuple[FoldedGemmaBlock, ...]
-    last_keys_values: Tensor
+    blocks: tuple[FoldedGemmaBlock[Any], ...]
+    last_keys_values: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +146,7 @@ class FoldedState:
 class FoldedExpert:
     """The action expert. `state` is None for π0.5."""
 
-    blocks: tuple[FoldedGemmaBlock, ...]
+    blocks: tuple[FoldedGemmaBlock[Any], ...]
     state: FoldedState | None
 
 
@@ -193,35 +226,41 @@ def fold_vision_mlp(fc1: Affine, fc2: Affine) -> tuple[Affine, Tensor]:
     return grown, torch.cat((fc2.weight, torch.outer(fc2.bias, constant / CONSTANT**2)), dim=1)
 
 
-def fold_vision_block(block: VisionBlock, dtype: torch.dtype) -> FoldedVisionBlock:
-    """Both LayerNorms into the linears behind them, q, k, v merged, the softmax's scale into q, two biases into fc2."""
+def fold_vision_block(block: VisionBlock, rounding: Rounding, name: str) -> FoldedVisionBlock[Any]:
+    """Both LayerNorms into the linears behind them, q, k, v merged, the softmax's scale into q, two biases into fc2.
+
+    `name` is the block's, such as "vision.layers.0".
+    """
     attention = block.self_attn
     head_dim = attention.q_proj.out_features // attention.heads
     query = scale_affine(_affine(attention.q_proj), head_dim**-0.5)
     qkv = _stack((query, _affine(attention.k_proj), _affine(attention.v_proj)))
     out, second = _affine(attention.out_proj), _affine(block.mlp.fc2)
-    fc1, fc2 = fold_vision_mlp(
-        fold_layer_norm(_affine(block.mlp.fc1), block.layer_norm2), Affine(second.weight, second.bias + out.bias)
-    )
+    carried = torch.zeros_like(out.bias) if rounding.brings_bias(f"{name}.out") else out.bias
+    last = second.bias + carried
+    within = torch.zeros_like(last) if rounding.brings_bias(f"{name}.fc2") else last
+    first = fold_layer_norm(_affine(block.mlp.fc1), block.layer_norm2)
+    fc1, fc2 = fold_vision_mlp(first, Affine(second.weight, within))
     return FoldedVisionBlock(
-        qkv=_to(fold_layer_norm(qkv, block.layer_norm1), dtype),
-        out=out.weight.to(dtype, copy=True),
-        out_bias=out.bias.clone()[None],
-        fc1=_to(fc1, dtype),
-        fc2=fc2.to(dtype),
+        qkv=rounding.keep_affine(f"{name}.qkv", fold_layer_norm(qkv, block.layer_norm1)),
+        out=rounding.keep(f"{name}.out", out.weight, out.bias),
+        out_bias=carried.clone()[None],
+        fc1=rounding.keep_affine(f"{name}.fc1", fc1),
+        fc2=rounding.keep(f"{name}.fc2", fc2, last),
     )
 
 
-def fold_vision(model: Pi0) -> FoldedVision:
-    """The tower in its own dtype (float32 under numerics that keep vision there)."""
+def fold_vision(model: Pi0, rounding: Rounding | None = None) -> FoldedVision:
+    """The tower; without a `rounding` in its own dtype (float32 under numerics that keep vision there)."""
     tower, embeddings = model.vision, model.vision.embeddings
+    rounding = rounding or Rounding(tower.dtype)
     convolution = embeddings.patch_embedding
     assert convolution.bias is not None
     blocks = cast("list[VisionBlock]", list(tower.encoder.layers))
     return FoldedVision(
         patch=_float(convolution.weight).flatten(1).contiguous(),
         position=_float(embeddings.position_embedding.weight) + _float(convolution.bias),
-        blocks=tuple(fold_vision_block(block, tower.dtype) for block in blocks),
+        blocks=tuple(fold_vision_block(block, rounding, f"vision.layers.{i}") for i, block in enumerate(blocks)),
         projector=_to(fold_layer_norm(_affine(model.projector), tower.post_layernorm), tower.dtype),
     )
 
@@ -231,29 +270,33 @@ def _folded(weight: Tensor, norm: nn.Module) -> Tensor:
     return fold_rms_norm(weight, norm) if isinstance(norm, RMSNorm) else _float(weight)
 
 
-def keys_values(block: Block, dtype: torch.dtype) -> Tensor:
-    """(2·kv_heads·head_dim, width): the rows of k and v, the input norm folded in."""
+def keys_values(block: Block) -> Tensor:
+    """(2·kv_heads·head_dim, width) float32: the rows of k and v, the input norm folded in."""
     attention = block.self_attn
     merged = torch.cat((attention.k_proj.weight, attention.v_proj.weight))
-    return _folded(merged, block.input_layernorm).to(dtype)
+    return _folded(merged, block.input_layernorm)
 
 
-def fold_gemma_block(block: Block, dtype: torch.dtype) -> FoldedGemmaBlock:
-    """Norm weights (where the norms have any) into q, k, v and gate, up; both merged; the softmax's scale into q."""
+def fold_gemma_block(block: Block, rounding: Rounding, name: str) -> FoldedGemmaBlock[Any]:
+    """Norm weights (where the norms have any) into q, k, v and gate, up; both merged; the softmax's scale into q.
+
+    `name` is the block's, such as "prefix.layers.0".
+    """
     attention, mlp = block.self_attn, block.mlp
     query = _folded(attention.q_proj.weight, block.input_layernorm) * attention.head_dim**-0.5
     merged = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
     return FoldedGemmaBlock(
-        qkv=torch.cat((query.to(dtype), keys_values(block, dtype))),
-        out=attention.o_proj.weight.detach().to(dtype, copy=True),
-        gate_up=_folded(merged, block.post_attention_layernorm).to(dtype),
-        down=mlp.down_proj.weight.detach().to(dtype, copy=True),
+        qkv=rounding.keep(f"{name}.qkv", torch.cat((query, keys_values(block)))),
+        out=rounding.keep(f"{name}.out", _float(attention.o_proj.weight)),
+        gate_up=rounding.keep(f"{name}.gate_up", _folded(merged, block.post_attention_layernorm)),
+        down=rounding.keep(f"{name}.down", _float(mlp.down_proj.weight)),
     )
 
 
-def fold_prefix(model: Pi0) -> FoldedPrefix:
+def fold_prefix(model: Pi0, rounding: Rounding | None = None) -> FoldedPrefix:
     """The prefix tower; the embedding table is shared with the model, not copied."""
     vlm = model.vlm
+    rounding = rounding or Rounding(vlm.dtype)
     table = vlm.embed_tokens.weight.detach()
     scale = math.sqrt(vlm.width)
     if vlm.round_scale:
@@ -262,18 +305,34 @@ def fold_prefix(model: Pi0) -> FoldedPrefix:
     return FoldedPrefix(
         embedding=table,
         scale=scale,
-        blocks=tuple(fold_gemma_block(block, vlm.dtype) for block in blocks),
-        last_keys_values=keys_values(last, vlm.dtype),
+        blocks=tuple(fold_gemma_block(block, rounding, f"prefix.layers.{i}") for i, block in enumerate(blocks)),
+        last_keys_values=rounding.keep(f"prefix.layers.{len(blocks)}.qkv", keys_values(last)),
     )
 
 
-def fold_expert(model: Pi0) -> FoldedExpert:
+def fold_expert(model: Pi0, rounding: Rounding | None = None) -> FoldedExpert:
     """The expert's layers, and for π0 what does not depend on the step."""
     expert = model.expert
-    blocks = tuple(fold_gemma_block(block, expert.dtype) for block in expert.blocks)
+    rounding = rounding or Rounding(expert.dtype)
+    blocks = tuple(fold_gemma_block(block, rounding, f"expert.layers.{i}") for i, block in enumerate(expert.blocks))
     if model.config.kind == "pi05":
         return FoldedExpert(blocks, None)
     return FoldedExpert(blocks, FoldedState(_affine(model.state_proj), _affine(model.action_time_mlp_out)))
+
+
+def schedule_part(model: Pi0) -> Pi0:
+    """The model as `make_schedule` reads it: its parameters for time, actions, state and the expert's norms.
+
+    All others stand on the device "meta", so that who keeps this part does not keep the towers' weights.
+    """
+    with torch.device("meta"):
+        part = Pi0(model.config)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        at_the_top = "." not in owner and owner != "projector"
+        if at_the_top or (owner.startswith("expert.") and "norm" in owner):
+            setattr(part.get_submodule(owner), leaf, parameter)
+    return part
 
 
 def modulations(model: Pi0, times: list[float]) -> Tensor:
@@ -305,11 +364,16 @@ def _action_time(model: Pi0, times: list[float]) -> Affine:
     return Affine(actions.weight, bias.float())
 
 
-@torch.no_grad()
 def make_schedule(model: Pi0, steps: int) -> Schedule:
     """Fold the times of `steps` evaluations. Raises ValueError if `steps` is less than 1."""
-    times = time_schedule(steps, model.numerics.time)
-    action_out = scale_affine(_affine(model.action_out_proj), -1.0 / steps)
+    return fold_times(model, time_schedule(steps, model.numerics.time), -1.0 / steps)
+
+
+@torch.no_grad()
+def fold_times(model: Pi0, times: list[float], delta: float) -> Schedule:
+    """Fold evaluations at `times`, each adding `delta` times its velocity; "-1/steps" in `Schedule` is `delta`."""
+    steps = len(times)
+    action_out = scale_affine(_affine(model.action_out_proj), delta)
     norm = model.expert.norm
     if isinstance(norm, RMSNorm):
         action_out = Affine(fold_rms_norm(action_out.weight, norm), action_out.bias)
