@@ -96,23 +96,23 @@ def error_of(call: Call, config: Config | None) -> float:
     return max(float("inf") if error != error else error for error in errors)
 
 
-def compile_one(place: int, config: Config) -> str | None:
+def compile_one(case: Case, config: Config) -> str | None:
     """In a worker process: launch once, so that the compiled kernel is in Triton's disk cache. Returns what failed."""
     try:
-        all_cases()[place].build().run(config)
+        case.build().run(config)
         torch.cuda.synchronize()
     except Exception as error:  # whatever a candidate dies of, the others go on; it is reported
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     return None
 
 
-def compile_all(cases: list[tuple[int, Case]], workers: int) -> dict[str, str]:
+def compile_all(cases: list[Case], workers: int) -> dict[str, str]:
     """Compile every candidate once, in parallel. Returns the failures by name."""
-    jobs: dict[tuple[Any, ...], tuple[int, Config]] = {}
-    for place, case in cases:
+    jobs: dict[tuple[Any, ...], tuple[Case, Config]] = {}
+    for case in cases:
         for config in case.candidates:
             depth = 0 if not hasattr(config, "block_k") else case.sizes[2] % config.block_k
-            jobs.setdefault((case.op, case.variant, config, depth), (place, config))
+            jobs.setdefault((case.op, case.variant, config, depth), (case, config))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(compile_one, *zip(*jobs.values(), strict=True), chunksize=4)) if jobs else []
     names = [f"{op} {config}" for op, _, config, _ in jobs]
@@ -136,16 +136,16 @@ def best_config(case: Case, repeats: int, failures: dict[str, str]) -> tuple[Con
     return best[1], times
 
 
-def tune(cases: list[tuple[int, Case]], options: Options, console: Console) -> dict[str, Any]:
+def tune(cases: list[Case], options: Options, console: Console) -> dict[str, Any]:
     """Find and write the best tiles. Returns what was tried, for the receipt."""
-    tunable = [(place, case) for place, case in cases if case.candidates]
+    tunable = [case for case in cases if case.candidates]
     start = time.perf_counter()
     failures = compile_all(tunable, options.workers)
     console.print(f"compiled in {time.perf_counter() - start:.0f} s, {len(failures)} candidates failed")
     file = tuning.gpu_file(torch.device("cuda"))
     configs = json.loads(file.read_text())["configs"] if file.is_file() else {}
     tried: dict[str, Any] = {}
-    for _, case in tunable:
+    for case in tunable:
         name = f"{case.op} {tuning.key(torch.bfloat16, case.sizes)}"
         if name in tried:
             continue
@@ -208,10 +208,10 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=140)
     torch.manual_seed(0)
-    cases = [(i, case) for i, case in enumerate(all_cases()) if options.only in f"{case.op} {case.where}"]
+    cases = [case for case in all_cases() if options.only in f"{case.op} {case.where}"]
     tried = tune(cases, options, console) if options.tune else {}
     ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16)
-    lines = [measure(case, options.repeats) for _, case in cases]
+    lines = [measure(case, options.repeats) for case in cases]
     console.print(report(lines, ceilings))
     gpu = tuning.gpu_file(torch.device("cuda")).stem
     out = options.out or Path(__file__).parent / "results" / f"kernels_{gpu}.json"

@@ -7,16 +7,11 @@ import pytest
 import torch
 
 from turbopi import preset
+from turbopi.bench import ceilings
 from turbopi.bench.ceilings import best_seconds, measure_ceilings
 from turbopi.bench.clock import StageClock
-from turbopi.bench.latency import (
-    LatencyConfig,
-    Times,
-    call_rates,
-    hash_weights,
-    measure_latency,
-    subject_results,
-)
+from turbopi.bench.contenders import hash_weights
+from turbopi.bench.latency import LatencyConfig, Times, call_rates, measure_latency, subject_results
 from turbopi.bench.memory import MemoryConfig, bandwidth_curve, edges, measure_memory
 from turbopi.bench.peers import LerobotSubject
 from turbopi.bench.receipt import write_receipt
@@ -25,6 +20,7 @@ from turbopi.bench.subjects import EngineSubject, PlacingEngine
 from turbopi.bench.workloads import WORKLOADS, Workload, as_uint8, observation
 from turbopi.engine import STAGES, TurboEngine, create_engine
 from turbopi.engine.turbo.ops import twin_ops
+from turbopi.quant import PrecisionPlan
 
 CPU = torch.device("cpu")
 TINY = Workload("tiny", views=1, prompt_tokens=5, horizon=4, steps=2)
@@ -62,6 +58,8 @@ def test_every_engine_at_every_batch() -> None:
         ({"calls": 0}, "calls must be at least 1"),
         ({"engines": ()}, "name at least one engine"),
         ({"engines": ("eager", "eager")}, "named twice"),
+        ({"engines": ("eager", "eager:fp32")}, "named twice"),
+        ({"engines": ("eager:fp7",)}, "unknown precision 'fp7'"),
         ({"batches": (0,)}, "between 1 and 256"),
         ({"hz": 0}, "hz must be positive"),
         ({"peers": ("vllm",)}, "unknown peer 'vllm'; known: lerobot"),
@@ -70,6 +68,29 @@ def test_every_engine_at_every_batch() -> None:
 def test_what_cannot_be_timed(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_precisions_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each against the ceilings of its own operands; quantised ones are calibrated on the spot."""
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 64)
+    results = measure_latency(config(engines=("eager:fp8", "eager:bf16", "eager"), calls=2, stage_calls=2))
+    subjects = results["runs"][0]["subjects"]
+    assert {name: subject["precision"] for name, subject in subjects.items()} == {
+        "eager:fp8": "fp8",
+        "eager:bf16": "bf16",
+        "eager": "fp32",
+    }
+    assert set(results["engine_made_s"]) == set(subjects)
+    products = {found["product"].split()[0] for found in results["other_ceilings"]}
+    assert products == {"float8_e4m3fn", "bfloat16"}
+    assert subjects["eager:fp8"]["engine"]["plan"] == {"default": "fp8", "exceptions": {}}
+
+
+def test_a_plan_for_the_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "CPU_SIDE", 64)
+    plan = PrecisionPlan("fp8", {"vision.*": "bf16"})
+    results = measure_latency(config(engines=("eager:fp8",), plan=plan, calls=2, stage_calls=1))
+    assert results["runs"][0]["subjects"]["eager:fp8"]["engine"]["plan"]["exceptions"] == {"vision.*": "bf16"}
 
 
 def test_unknown_engines_are_named() -> None:
@@ -158,6 +179,7 @@ def test_memory_curves() -> None:
         MemoryConfig(preset("pi05-tiny"), TINY, ("eager",), "cpu", "fp32", prompt_lengths=(1, 70), repeats=2, warmup=1)
     )
     assert [point["prefix_tokens"] for point in results["ticks"]["eager"]] == [17, 86]
+    assert results["weight_bytes"] == {}
     assert set(results["ticks"]["eager"][0]["stages_ms"]) == set(STAGES)
     assert [p["bytes"] for p in bandwidth_curve(CPU, [1 << 16, 1 << 18])] == [1 << 16, 1 << 18]
     assert edges(40) == (1, 16, 17, 32, 33, 40)

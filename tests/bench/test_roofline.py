@@ -45,6 +45,17 @@ def test_weight_bytes_are_the_models(kind: str, element: int) -> None:
     assert {stage: int(cost.weight_bytes) for stage, cost in costs.items()} == counted
 
 
+def test_fewer_bits_are_the_weights_of_layers_only() -> None:
+    config = preset("pi05-tiny")
+    shape = Workload("w", 2, 10, config.horizon, steps=1)
+    half, narrow = (tick_costs(config, shape, 1, 2, weight=weight) for weight in (None, 1))
+    for stage, cost in half.items():
+        assert narrow[stage].weight_bytes < cost.weight_bytes
+        assert narrow[stage].data_bytes == cost.data_bytes
+        assert narrow[stage].flops == cost.flops
+    assert narrow["prefill"].weight_bytes == half["prefill"].weight_bytes / 2
+
+
 def test_arithmetic_by_hand() -> None:
     config = preset("pi05-tiny")
     vision = config.vision

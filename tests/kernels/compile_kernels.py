@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 from turbopi import kernels
 from turbopi.kernels import AttentionConfig, GemmConfig
 
-BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
+BF16, F32, I32, E4M3 = torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn
 
 
 class NoGpu:
@@ -96,11 +96,38 @@ def products_of(m, descriptors):
             kernels.geglu_linear(x, w, empty(m, 16384), config)
 
 
+def quantised(m):
+    """Every kernel that writes E4M3, and the products that read it."""
+    x, narrow, one, vector = empty(m, 2048), empty(m, 2048, dtype=E4M3), empty(1, dtype=I32), empty(2048, dtype=F32)
+    stream, eighth = empty(512, 1152), empty(512, 1152, dtype=E4M3)
+    kernels.layer_norm(stream, eighth, inverse=2.5)
+    kernels.residual_layer_norm(stream, stream, eighth, inverse=2.5)
+    kernels.rms_norm(x, narrow, vector, vector, inverse=2.5)
+    kernels.gated_residual_norm(x, x, None, None, None, narrow, inverse=2.5)
+    kernels.geglu(empty(m, 32768), empty(m, 16384, dtype=E4M3), 2.5)
+    kernels.gelu(empty(512, 4352), empty(512, 4352, dtype=E4M3), 2.5)
+    cache, partial = empty(1, 1, 1024, 256), (empty(16, 80, 256, dtype=F32), empty(16, 80, dtype=F32))
+    kernels.attention(x, cache, cache, one, narrow, m, inverse=2.5)
+    few = empty(10, 2048, dtype=E4M3)
+    kernels.attention_split(empty(10, 2048), cache, cache, one, few, 10, *partial, inverse=2.5)
+    weight, columns = empty(32768, 2048, dtype=E4M3), empty(32768, dtype=F32)
+    for tokens, other in (
+        (m, GemmConfig(128, 128, 128, warps=8, stages=3, descriptors=True, persistent=True)),
+        (10, None),
+    ):
+        rows, hidden = empty(tokens, 2048, dtype=E4M3), empty(tokens, 16384, dtype=E4M3)
+        kernels.linear(rows, weight, empty(tokens, 32768), empty(32768), scale=columns, config=other)
+        gelu = {"activation": "gelu", "scale": columns, "inverse": 2.5}
+        kernels.linear(rows, weight, empty(tokens, 32768, dtype=E4M3), empty(32768), **gelu)
+        kernels.geglu_linear(rows, weight, hidden, other, columns, 2.5)
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(NoGpu(capability))
     JITFunction.__getitem__ = compile_instead
     if capability >= 90:
         rows_of(552)
+        quantised(552)
     heads_of(552)
     products_of(552, descriptors=capability >= 90)

@@ -22,3 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.name.startswith("test_kernels"):
             for remark in REMARKS:
                 item.add_marker(pytest.mark.filterwarnings(remark))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(e4m3_in_the_interpreter: None) -> None:
+    """Every kernel's test rounds to E4M3 as a GPU does."""

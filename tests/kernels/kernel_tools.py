@@ -54,8 +54,8 @@ def guarded(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def assert_guard(t: Tensor) -> None:
     """Nobody wrote around a guarded tensor."""
     storage = torch.tensor([], dtype=t.dtype, device=t.device).set_(t.untyped_storage())
-    assert storage[:GUARD].isnan().all(), "written before the start"
-    assert storage[-GUARD:].isnan().all(), "written past the end"
+    assert storage[:GUARD].float().isnan().all(), "written before the start"
+    assert storage[-GUARD:].float().isnan().all(), "written past the end"
 
 
 def assert_equal_up_to_rounding(got: Tensor, want: Tensor, factor: float = 1.0) -> None:

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..kernels import E4M3
 from .roofline import FLOAT32, Ceilings
 
 REPEATS = 20
@@ -20,7 +22,8 @@ GPU_SIDE, CPU_SIDE = 8192, 1024
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """A large copy (bytes read plus bytes written) and a large square matrix product on random data, best of 20 each.
 
-    The best, not the median: it is a ceiling. On a GPU the copy is of 2 GiB, or a quarter of what is free.
+    The best, not the median: it is a ceiling. On a GPU the copy is of 2 GiB, or a quarter of what is free. For E4M3 the
+    product is the scaled one, with a scale for each matrix.
     """
     side, size = (CPU_SIDE, CPU_COPY_BYTES)
     if device.type == "cuda":
@@ -35,7 +38,11 @@ def _bytes_per_s(size: int, device: torch.device) -> float:
 
 
 def _flops_per_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    if dtype == E4M3:
+        one, sixteen = torch.ones((), device=device), torch.bfloat16
+        work = partial(torch._scaled_mm, a, b.t(), one, one, out_dtype=sixteen, use_fast_accum=True)
+        return 2 * side**3 / best_seconds(work, device)
     out = torch.empty_like(a)
     return 2 * side**3 / best_seconds(lambda: torch.mm(a, b, out=out), device)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.hashweights import hash_parameter
-from ..checkpoint.load import build_model, usable_device
+from ..checkpoint.load import usable_device
 from ..config import ModelConfig
-from ..engine import Engine, Precision, create_engine, precision_dtype
-from ..model import ModelInput, Pi0
+from ..engine import Engine, Precision, precision_dtype
+from ..model import ModelInput
+from ..quant import PrecisionPlan
 from .ceilings import describe, measure_ceilings, on_chip_bytes
 from .clock import StageClock, clock_name, on, wall_ms
+from .contenders import WEIGHT_BYTES, Contender, Progress, contenders, make_engines
 from .peers import LerobotSubject
 from .receipt import gpu_state_during, summary
 from .roofline import Ceilings, Cost, against_ceilings, least_ms, tick_costs
@@ -25,10 +25,10 @@ from .subjects import EngineSubject, Subject, transfer_tensors
 from .workloads import WORKLOADS, Workload, observation
 
 Peer = Literal["lerobot", "lerobot-compiled"]
-Progress = Callable[[str], None]
 CALL_SAMPLES, STAGE_SAMPLES = 20_000, 4_000
 """Raw samples that one receipt keeps, of all subjects together: about 200 kB."""
 TRANSFERS = 200
+Costs = dict[str, Cost]
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,12 @@ class LatencyConfig:
     Attributes:
         model: sizes.
         workload: shape of the tick.
-        engines: by name; they run in turns, block by block, and the first runs one more block at the end.
+        engines: "engine" or "engine:precision"; they run in turns, block by block, and the first runs one more block at
+            the end.
         peers: other implementations to time beside them.
         device: where, such as "cuda" or "cpu".
-        precision: of the weights.
+        precision: of engines that are named without one, and of peers.
+        plan: of quantised precisions; None quantises every product alike. Their calibration is made from noise.
         batches: observations at once, each of them a run.
         calls: timed whole calls of each subject.
         stage_calls: timed ticks taken apart into stages.
@@ -57,6 +59,7 @@ class LatencyConfig:
     peers: tuple[Peer, ...] = ()
     device: str = "cpu"
     precision: Precision = "fp32"
+    plan: PrecisionPlan | None = None
     batches: tuple[int, ...] = (1,)
     calls: int = 1000
     stage_calls: int = 200
@@ -71,8 +74,7 @@ class LatencyConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.engines and not self.peers:
             raise ValueError("nothing to time: name at least one engine or peer")
-        if len(set(self.engines)) < len(self.engines):
-            raise ValueError(f"an engine is named twice: {', '.join(self.engines)}")
+        contenders(self.engines, self.precision)
         if not self.batches or not all(1 <= batch <= 256 for batch in self.batches):
             raise ValueError(f"batches must be between 1 and 256, got {self.batches}")
         if self.hz <= 0:
@@ -92,15 +94,6 @@ class Times:
     graph: list[float] = field(default_factory=list)
 
 
-def hash_weights(config: ModelConfig, device: torch.device, precision: Precision, seed: int) -> Pi0:
-    """A model whose weights are a function of their names: it times, it certifies nothing."""
-
-    def fill(name: str, kept: Tensor) -> None:
-        kept.copy_(hash_parameter(name, tuple(kept.shape), seed, device))
-
-    return build_model(config, device, precision_dtype(precision), fill)
-
-
 def measure_latency(config: LatencyConfig, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Time every subject at every batch. Results for `write_receipt`.
 
@@ -114,23 +107,22 @@ def measure_latency(config: LatencyConfig, progress: Progress = lambda _: None) 
 def _measure(config: LatencyConfig, device: torch.device, progress: Progress) -> dict[str, Any]:
     dtype = precision_dtype(config.precision)
     sizes = config.workload.fit(config.model)
-    progress("ceilings: a large copy, a large matrix product")
-    ceilings = measure_ceilings(device, dtype)
-    progress("hash weights")
-    model = hash_weights(sizes, device, config.precision, config.seed)
-    engines, made_s = {}, {}
-    for name in config.engines:
-        progress(f"{name}: engine")
-        start = time.perf_counter()
-        engines[name] = create_engine(name, model, config.precision)
-        engines[name].synchronize()
-        made_s[name] = time.perf_counter() - start
+    asked = contenders(config.engines, config.precision)
+    progress("ceilings: a large copy, large matrix products")
+    ceilings = {kind: measure_ceilings(device, kind) for kind in {dtype, *(each.product_dtype for each in asked)}}
+    engines, made_s = make_engines(asked, sizes, device, config.seed, config.plan, progress)
     return {
-        "ceilings": describe(ceilings, device, dtype),
+        "ceilings": describe(ceilings[dtype], device, dtype),
+        "other_ceilings": [describe(found, device, kind) for kind, found in ceilings.items() if kind != dtype],
         "stage_clock": clock_name(device),
         "engine_made_s": made_s,
         "runs": [_run(config, sizes, batch, engines, ceilings, device, progress) for batch in config.batches],
     }
+
+
+def _costs(config: LatencyConfig, sizes: ModelConfig, batch: int, precision: Precision, device: torch.device) -> Costs:
+    element, weight = precision_dtype(precision).itemsize, WEIGHT_BYTES[precision]
+    return tick_costs(sizes, config.workload, batch, element, on_chip_bytes(device), weight)
 
 
 def _run(
@@ -138,7 +130,7 @@ def _run(
     sizes: ModelConfig,
     batch: int,
     engines: Mapping[str, Engine],
-    ceilings: Ceilings,
+    ceilings: Mapping[torch.dtype, Ceilings],
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -157,9 +149,9 @@ def _run(
     state = gpu_state_during(subjects[0].call) if device.type == "cuda" else None
     again = Times()
     _calls(subjects[0], again, _share(config.calls, config.blocks, 0))
-    element = precision_dtype(config.precision).itemsize
-    costs = tick_costs(sizes, config.workload, batch, element, on_chip_bytes(device))
-    least = {stage: least_ms(cost, ceilings) for stage, cost in costs.items()}
+    costs = _costs(config, sizes, batch, config.precision, device)
+    least = {stage: least_ms(cost, ceilings[precision_dtype(config.precision)]) for stage, cost in costs.items()}
+    asked = {each.name: each for each in contenders(config.engines, config.precision)}
     series = len(subjects) * len(config.batches)
     return {
         "batch": batch,
@@ -170,11 +162,30 @@ def _run(
         "transfers": _transfers(inputs, noise, device),
         "subjects": {
             subject.name: ready[subject.name]
-            | subject_results(subject.stage_names, times[subject.name], costs, ceilings, batch, config.hz, series)
+            | _results(config, sizes, batch, asked.get(subject.name), subject, times[subject.name], ceilings, series)
             for subject in subjects
         },
         "drift": _drift(subjects[0].name, times[subjects[0].name].call, again.call),
     }
+
+
+def _results(
+    config: LatencyConfig,
+    sizes: ModelConfig,
+    batch: int,
+    contender: Contender | None,
+    subject: Subject,
+    times: Times,
+    ceilings: Mapping[torch.dtype, Ceilings],
+    series: int,
+) -> dict[str, Any]:
+    """One subject's part of the receipt, against the ceilings of its own precision; a peer has the run's."""
+    precision = config.precision if contender is None else contender.precision
+    reach = ceilings[precision_dtype(precision) if contender is None else contender.product_dtype]
+    device = torch.device(config.device)
+    costs = _costs(config, sizes, batch, precision, device)
+    found = subject_results(subject.stage_names, times, costs, reach, batch, config.hz, series)
+    return {"precision": precision} | found
 
 
 def _make_ready(subject: Subject, calls: int) -> dict[str, Any]:

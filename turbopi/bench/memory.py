@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 
 from ..checkpoint.load import usable_device
 from ..config import ModelConfig
-from ..engine import STAGES, Precision, create_engine
+from ..engine import STAGES, DescribedEngine, Engine, Precision
+from ..quant import PrecisionPlan
 from .ceilings import best_seconds, on_chip_bytes
 from .clock import StageClock, clock_name, on
-from .latency import Progress, hash_weights
+from .contenders import Progress, contenders, make_engines
 from .receipt import summary
 from .subjects import EngineSubject
 from .workloads import Workload, observation
@@ -32,8 +33,7 @@ class MemoryConfig:
     Attributes:
         model: sizes.
         workload: cameras, actions and steps of the ticks; its prompt length is replaced by `prompt_lengths`.
-        engines: by name.
-        device, precision, seed: as in `LatencyConfig`.
+        engines, device, precision, plan, seed: as in `LatencyConfig`.
         prompt_lengths: valid prompt tokens, one point of the curve each. Empty: `edges` of the model's slots.
         repeats: ticks a point.
         warmup: untimed ticks before each point, in which an engine may capture or compile.
@@ -47,9 +47,11 @@ class MemoryConfig:
     prompt_lengths: tuple[int, ...] = ()
     repeats: int = 100
     warmup: int = 5
+    plan: PrecisionPlan | None = None
     seed: int = 7
 
     def __post_init__(self) -> None:
+        contenders(self.engines, self.precision)
         if min(self.repeats, self.warmup) < 1 or min(self.prompt_lengths, default=1) < 1:
             raise ValueError(
                 "repeats, warmup and prompt lengths must be at least 1, got "
@@ -75,9 +77,8 @@ def _measure(config: MemoryConfig, device: torch.device, progress: Progress) -> 
     bandwidth = bandwidth_curve(device)
     lengths = config.prompt_lengths or edges(config.model.max_tokens)
     sizes = replace(config.workload, prompt_tokens=max(lengths)).fit(config.model)
-    progress("hash weights")
-    model = hash_weights(sizes, device, config.precision, config.seed)
-    engines = {name: create_engine(name, model, config.precision) for name in config.engines}
+    asked = contenders(config.engines, config.precision)
+    engines, _ = make_engines(asked, sizes, device, config.seed, config.plan, progress)
     curves: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
     for length in lengths:
         shape = replace(config.workload, prompt_tokens=length)
@@ -91,8 +92,15 @@ def _measure(config: MemoryConfig, device: torch.device, progress: Progress) -> 
         "bandwidth": bandwidth,
         "on_chip_bytes": on_chip_bytes(device),
         "stage_clock": clock_name(device),
+        "weight_bytes": weight_bytes(engines),
         "ticks": curves,
     }
+
+
+def weight_bytes(engines: Mapping[str, Engine]) -> dict[str, dict[str, int]]:
+    """Bytes of the weights of each engine that tells them, by kind."""
+    told = {name: each.describe() for name, each in engines.items() if isinstance(each, DescribedEngine)}
+    return {name: details["weight_bytes"] for name, details in told.items() if "weight_bytes" in details}
 
 
 def _point(subject: EngineSubject, config: MemoryConfig, device: torch.device) -> dict[str, Any]:

@@ -45,15 +45,19 @@ def linear_parameters(tower: GemmaConfig) -> tuple[int, int]:
     return keys_values, rest
 
 
-def vision_cost(config: ModelConfig, images: int, element: int) -> Cost:
-    """`encode_images` of `images` pictures, projector included; `element` bytes a weight or activation."""
+def vision_cost(config: ModelConfig, images: int, element: int, weight: float | None = None) -> Cost:
+    """`encode_images` of `images` pictures, projector included; `element` bytes a weight or activation.
+
+    `weight` bytes a weight of the layers, where they are kept in fewer bits; here and below.
+    """
     vision, n = config.vision, config.vision.tokens
     patch = 3 * vision.patch_size**2 * vision.width
     layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
     projector = vision.width * config.vlm.width
     attention = 2 * n * vision.width
     per_token = patch + vision.depth * (layer + attention) + projector
-    weights = (patch + n * vision.width) * FLOAT32 + (vision.depth * layer + projector) * element
+    weights: float = (patch + n * vision.width) * FLOAT32 + projector * element
+    weights += vision.depth * layer * (weight or element)
     pixels = images * 3 * vision.image_size**2
     return Cost(
         flops=2.0 * images * n * per_token,
@@ -62,7 +66,7 @@ def vision_cost(config: ModelConfig, images: int, element: int) -> Cost:
     )
 
 
-def prefill_cost(config: ModelConfig, batch: int, tokens: int, element: int) -> Cost:
+def prefill_cost(config: ModelConfig, batch: int, tokens: int, element: int, weight: float | None = None) -> Cost:
     """`prefill` of `tokens` valid tokens a sample: all layers but the last, of which keys and values alone."""
     vlm = config.vlm
     keys_values, rest = linear_parameters(vlm)
@@ -71,12 +75,20 @@ def prefill_cost(config: ModelConfig, batch: int, tokens: int, element: int) -> 
     cache = vlm.depth * 2 * vlm.kv_heads * vlm.head_dim
     return Cost(
         flops=2.0 * batch * tokens * (weights + attention),
-        weight_bytes=float(weights * element),
+        weight_bytes=float(weights * (weight or element)),
         data_bytes=float(batch * tokens * (vlm.width + cache) * element),
     )
 
 
-def denoise_cost(config: ModelConfig, batch: int, tokens: int, steps: int, element: int, cache_bytes: float) -> Cost:
+def denoise_cost(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    steps: int,
+    element: int,
+    cache_bytes: float,
+    weight: float | None = None,
+) -> Cost:
     """`denoise` in `steps` evaluations; weights and keys that fit into `cache_bytes` on the chip are read once."""
     expert, n = config.expert, config.suffix_tokens
     keys_values, rest = linear_parameters(expert)
@@ -86,7 +98,7 @@ def denoise_cost(config: ModelConfig, batch: int, tokens: int, steps: int, eleme
         # Action projection and first linear fold into one, with the time as its bias; the second stands behind a SiLU.
         projections += expert.width**2
     attention = expert.depth * 2 * (tokens + n) * expert.heads * expert.head_dim
-    weights = layers * element + projections * FLOAT32
+    weights = layers * (weight or element) + projections * FLOAT32
     cache = batch * tokens * expert.depth * 2 * expert.kv_heads * expert.head_dim * element
     readings = 1 if weights + cache <= cache_bytes else steps
     noise = 2 * batch * config.horizon * config.action_dim * FLOAT32
@@ -98,14 +110,19 @@ def denoise_cost(config: ModelConfig, batch: int, tokens: int, steps: int, eleme
 
 
 def tick_costs(
-    config: ModelConfig, shape: Workload, batch: int, element: int, cache_bytes: float = 0.0
+    config: ModelConfig,
+    shape: Workload,
+    batch: int,
+    element: int,
+    cache_bytes: float = 0.0,
+    weight: float | None = None,
 ) -> dict[str, Cost]:
-    """The cost of each stage. `element` is 2 for bf16, 4 for fp32."""
+    """The cost of each stage. `element` is 2 for bf16, 4 for fp32; `weight` as of `vision_cost`, 1 for fp8."""
     tokens = shape.prefix_tokens(config)
     return {
-        "encode_images": vision_cost(config, batch * shape.views, element),
-        "prefill": prefill_cost(config, batch, tokens, element),
-        "denoise": denoise_cost(config, batch, tokens, shape.steps, element, cache_bytes),
+        "encode_images": vision_cost(config, batch * shape.views, element, weight),
+        "prefill": prefill_cost(config, batch, tokens, element, weight),
+        "denoise": denoise_cost(config, batch, tokens, shape.steps, element, cache_bytes, weight),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..engine import STAGES, Engine, TickEngine, sample_actions
+from ..engine import STAGES, DescribedEngine, Engine, TickEngine, sample_actions
 from ..model import ModelInput
 from .workloads import as_uint8
 
@@ -157,7 +157,7 @@ class EngineSubject:
 
     def describe(self) -> dict[str, Any]:
         """What the engine says of itself."""
-        return self.engine.describe() if isinstance(self.engine, TickEngine) else {}
+        return self.engine.describe() if isinstance(self.engine, DescribedEngine) else {}
 
     def _compose(self, inputs: ModelInput, noise: Tensor, mark: Mark) -> Tensor:
         engine = self.engine

@@ -3,12 +3,13 @@
 Every op writes into the buffers it is given and allocates nothing. Importing needs no Triton; launching does.
 """
 
+from ._fp8 import E4M3, E4M3_MAX, store_ref
 from .actions import action_in, action_in_ref, action_out, action_out_ref
 from .attention import attention, attention_ref, attention_split, attention_split_ref
 from .embed import embed_tokens, embed_tokens_ref
 from .geglu import geglu, geglu_ref, gelu, gelu_ref
 from .geglu_linear import geglu_linear, geglu_linear_ref
-from .layer_norm import layer_norm, layer_norm_ref
+from .layer_norm import layer_norm, layer_norm_ref, residual_layer_norm, residual_layer_norm_ref
 from .linear import linear, linear_ref
 from .patches import patches, patches_ref
 from .residual import gated_residual, gated_residual_norm, gated_residual_norm_ref, gated_residual_ref
@@ -17,6 +18,8 @@ from .rope import rotate_and_store, rotate_and_store_ref
 from .tuning import AttentionConfig, GemmConfig
 
 __all__ = [
+    "E4M3",
+    "E4M3_MAX",
     "AttentionConfig",
     "GemmConfig",
     "action_in",
@@ -45,8 +48,11 @@ __all__ = [
     "linear_ref",
     "patches",
     "patches_ref",
+    "residual_layer_norm",
+    "residual_layer_norm_ref",
     "rms_norm",
     "rms_norm_ref",
     "rotate_and_store",
     "rotate_and_store_ref",
+    "store_ref",
 ]

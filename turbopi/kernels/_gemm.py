@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ._fp8 import narrow
 from ._triton import tl, triton
 from .geglu import gelu_tanh
 
@@ -26,16 +27,20 @@ def epilogue(
     columns,
     inside,
     n,
+    scale,
     bias,
     residual,
     gate,
     residual_stride,
+    HAS_SCALE: tl.constexpr,
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_GATE: tl.constexpr,
 ):
-    """residual + gate * activation(acc + bias), in float32; `inside` masks the tile, `rows` are int64."""
+    """residual + gate * activation(acc * scale + bias), in float32; `inside` masks the tile, `rows` are int64."""
+    if HAS_SCALE:
+        acc *= tl.load(scale + columns, mask=columns < n, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -52,6 +57,7 @@ def epilogue(
 def sum_splits(
     partial,
     out,
+    scale,
     bias,
     residual,
     gate,
@@ -59,6 +65,8 @@ def sum_splits(
     n,
     out_stride,
     residual_stride,
+    inverse,
+    HAS_SCALE: tl.constexpr,
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -75,6 +83,8 @@ def sum_splits(
     for split in tl.static_range(1, SPLITS):
         acc += tl.load(partial + place + tl.cast(split, tl.int64) * m * n, mask=inside, other=0.0)
     acc = epilogue(
-        acc, rows, columns, inside, n, bias, residual, gate, residual_stride, GELU, HAS_BIAS, HAS_RESIDUAL, HAS_GATE
-    )
-    tl.store(out + rows[:, None] * out_stride + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        acc, rows, columns, inside, n, scale, bias, residual, gate, residual_stride, HAS_SCALE, GELU, HAS_BIAS,
+        HAS_RESIDUAL, HAS_GATE,
+    )  # fmt: skip
+    target = out + rows[:, None] * out_stride + columns[None, :]
+    tl.store(target, narrow(acc, inverse, out.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._common import cdiv, matrix, next_power_of_2, precision, same_dtype, samples, vector
+from ._fp8 import check_inverse, narrow, store_ref
 from ._triton import tl, triton
 from .tuning import AttentionConfig, tuned
 
@@ -79,6 +80,7 @@ def attention_ref(
     state_token: bool = False,
     scale: float = 1.0,
     config: AttentionConfig | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `attention`; `config` changes nothing here."""
     shape = _check(q, keys, values, lengths, out, rows_per_sample)
@@ -95,7 +97,7 @@ def attention_ref(
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
     # What stands in an unused slot may be NaN, and 0 * NaN is NaN.
     unused = hidden.all(dim=2).unsqueeze(-1)
-    out.copy_((weights @ v.masked_fill(unused, 0.0)).transpose(1, 2).flatten(2).flatten(0, 1))
+    store_ref((weights @ v.masked_fill(unused, 0.0)).transpose(1, 2).flatten(2).flatten(0, 1), out, inverse)
 
 
 def attention_split_ref(
@@ -111,10 +113,11 @@ def attention_split_ref(
     state_token: bool = False,
     scale: float = 1.0,
     config: AttentionConfig | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `attention_split`; the partial buffers are only checked."""
     _check_partial(partial, partial_lse, _check(q, keys, values, lengths, out, rows_per_sample))
-    attention_ref(q, keys, values, lengths, out, rows_per_sample, extra, state_token, scale)
+    attention_ref(q, keys, values, lengths, out, rows_per_sample, extra, state_token, scale, inverse=inverse)
 
 
 @triton.jit
@@ -160,9 +163,10 @@ def _over_keys(
 @triton.jit
 def _attention(
     q, keys, values, lengths, out, lse, scale, queries, slots, extra, q_row, k_batch, k_head, k_slot, v_batch, v_head,
-    v_slot, out_row, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    STATE_TOKEN: tl.constexpr, PARTIAL: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    v_slot, out_row, inverse, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, STATE_TOKEN: tl.constexpr, PARTIAL: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(1) % KV_HEADS
@@ -201,7 +205,7 @@ def _attention(
         tl.store(lse + line, best + tl.log2(mass), mask=query < queries)
     else:
         target = out + token[:, None] * out_row + head[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(target, narrow(acc, inverse, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -211,6 +215,7 @@ def _combine(
     out,
     lines,
     out_row,
+    inverse,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -228,7 +233,7 @@ def _combine(
     parts = tl.load(source, mask=(split < SPLITS)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     acc = tl.sum(parts * weights[:, None], axis=0) / tl.where(mass > 0.0, mass, 1.0)
     target = out + line // HEADS * out_row + line % HEADS * HEAD_DIM + dims
-    tl.store(target, acc.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(target, narrow(acc, inverse, out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
@@ -252,6 +257,7 @@ def _launch(
     state_token: bool,
     scale: float,
     config: AttentionConfig,
+    inverse: float,
 ) -> None:
     splits = 1 if lse is None else lse.shape[0]
     grid = (cdiv(shape.rows_per_sample * shape.group, config.block_m), shape.batch * shape.kv_heads, splits)
@@ -270,6 +276,7 @@ def _launch(
         *keys.stride()[:3],
         *values.stride()[:3],
         target.stride(0),
+        inverse,
         KV_HEADS=shape.kv_heads,
         GROUP=shape.group,
         HEAD_DIM=shape.head_dim,
@@ -304,6 +311,7 @@ def attention(
     state_token: bool = False,
     scale: float = 1.0,
     config: AttentionConfig | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """q (B*N, H*d) over keys and values (B, KV, slots, d) -> out (B*N, H*d), softmax in float32.
 
@@ -311,12 +319,13 @@ def attention(
     sample sees only [0, lengths[b] + 1). `lengths` (B,) int32 is on the device; None: all slots, for every query. What
     stands in other slots is never read. A query with no key gives zeros. Rows of q and out, and batch, head and slot
     of keys and values, may stand any distance apart: views of a merged QKV product need no copy. `scale` multiplies
-    the logits. `config` None takes the tuned one for this GPU and shape, else a default. Raises ValueError where
-    shapes do not fit.
+    the logits. `config` None takes the tuned one for this GPU and shape, else a default. `out` in E4M3 holds the result
+    times `inverse`, saturated. Raises ValueError where shapes do not fit.
     """
     shape = _check(q, keys, values, lengths, out, rows_per_sample)
+    check_inverse(out, inverse)
     config = config or _config("attention", q, shape, 1)
-    _launch(q, keys, values, lengths, out, None, shape, extra, state_token, scale, config)
+    _launch(q, keys, values, lengths, out, None, shape, extra, state_token, scale, config, inverse)
 
 
 def attention_split(
@@ -332,6 +341,7 @@ def attention_split(
     state_token: bool = False,
     scale: float = 1.0,
     config: AttentionConfig | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """`attention`, for few queries and many keys: the keys in parts on as many programs, then one kernel to combine.
 
@@ -339,15 +349,17 @@ def attention_split(
     number of parts. The order of the sum is fixed. Raises ValueError where shapes do not fit.
     """
     shape = _check(q, keys, values, lengths, out, rows_per_sample)
+    check_inverse(out, inverse)
     splits = _check_partial(partial, partial_lse, shape)
     config = config or _config("attention_split", q, shape, splits)
-    _launch(q, keys, values, lengths, partial, partial_lse, shape, extra, state_token, scale, config)
+    _launch(q, keys, values, lengths, partial, partial_lse, shape, extra, state_token, scale, config, 1.0)
     _combine[(partial.shape[1],)](
         partial,
         partial_lse,
         out,
         partial.shape[1],
         out.stride(0),
+        inverse,
         HEADS=shape.heads,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=next_power_of_2(shape.head_dim),

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ._common import aligned, cdiv, matrix, multiprocessors, next_power_of_2, precision, same_dtype, vector
+from ._fp8 import check_inverse, narrow, store_ref
 from ._gemm import epilogue, sum_splits, tile_place
 from ._triton import host_descriptor, tl, triton
 from .tuning import GemmConfig, tuned
@@ -26,7 +27,8 @@ def _check(
     activation: str,
     residual: Tensor | None,
     gate: Tensor | None,
-    partial: Tensor | None = None,
+    partial: Tensor | None,
+    scale: Tensor | None,
 ) -> tuple[int, int, int]:
     """M, N and K."""
     m, k = matrix("x", x)
@@ -35,6 +37,7 @@ def _check(
     same_dtype("x", x, "w", w)
     vector("bias", bias, n, None)
     vector("gate", gate, n)
+    vector("scale", scale, n)
     if residual is not None:
         matrix("residual", residual, m, n)
     if activation not in get_args(Activation):
@@ -59,15 +62,21 @@ def linear_ref(
     gate: Tensor | None = None,
     config: GemmConfig | None = None,
     partial: Tensor | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `linear`; `config` and `partial` change nothing here."""
-    _check(x, w, out, bias, activation, residual, gate, partial)
-    y = F.linear(x.float(), w.float(), None if bias is None else bias.float())
+    _check(x, w, out, bias, activation, residual, gate, partial, scale)
+    y = F.linear(x.float(), w.float())
+    if scale is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias.float()
     if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
     if gate is not None:
         y = y * gate
-    out.copy_(y if residual is None else residual.float() + y)
+    store_ref(y if residual is None else residual.float() + y, out, inverse)
 
 
 @triton.jit
@@ -75,6 +84,7 @@ def _linear_pointers(
     x,
     w,
     out,
+    scale,
     bias,
     residual,
     gate,
@@ -85,6 +95,8 @@ def _linear_pointers(
     w_stride,
     out_stride,
     residual_stride,
+    inverse,
+    HAS_SCALE: tl.constexpr,
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -120,11 +132,12 @@ def _linear_pointers(
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     rows = rows.to(tl.int64)
     acc = epilogue(
-        acc, rows, columns, inside, n, bias, residual, gate, residual_stride, GELU, HAS_BIAS, HAS_RESIDUAL, HAS_GATE
-    )
+        acc, rows, columns, inside, n, scale, bias, residual, gate, residual_stride, HAS_SCALE, GELU, HAS_BIAS,
+        HAS_RESIDUAL, HAS_GATE,
+    )  # fmt: skip
     # Each split writes its own plane of `partial`, which is then `out`.
     target = out + (split * m + rows)[:, None] * out_stride + columns[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(target, narrow(acc, inverse, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -132,6 +145,7 @@ def _linear_descriptors(
     x,
     w,
     out,
+    scale,
     bias,
     residual,
     gate,
@@ -139,6 +153,8 @@ def _linear_descriptors(
     n,
     k,
     residual_stride,
+    inverse,
+    HAS_SCALE: tl.constexpr,
     GELU: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -163,65 +179,91 @@ def _linear_descriptors(
         columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < m)[:, None] & (columns < n)[None, :]
         acc = epilogue(
-            acc, rows.to(tl.int64), columns, inside, n, bias, residual, gate, residual_stride, GELU, HAS_BIAS,
-            HAS_RESIDUAL, HAS_GATE,
+            acc, rows.to(tl.int64), columns, inside, n, scale, bias, residual, gate, residual_stride, HAS_SCALE, GELU,
+            HAS_BIAS, HAS_RESIDUAL, HAS_GATE,
         )  # fmt: skip
-        out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], acc.to(out.dtype))
+        out.store([tile_m * BLOCK_M, tile_n * BLOCK_N], narrow(acc, inverse, out.dtype))
 
 
 def default_config(m: int, n: int, dtype: torch.dtype) -> GemmConfig:
     """Tiles that run on any supported GPU, for shapes that were never tuned."""
-    wide = 1 if dtype.itemsize <= 2 else 2
+    row_bytes = 128
     if m <= 64:
-        block_n = 64 if n > 4096 else 32
-        return GemmConfig(max(16, next_power_of_2(m)), block_n, 128 // wide, group_m=1, warps=4, stages=4)
-    return GemmConfig(128, 128, 64 // wide, warps=8, stages=3)
+        block_n, block_k = 64 if n > 4096 else 32, 2 * row_bytes // max(2, dtype.itemsize)
+        return GemmConfig(max(16, next_power_of_2(m)), block_n, block_k, group_m=1, warps=4, stages=4)
+    return GemmConfig(128, 128, row_bytes // dtype.itemsize, warps=8, stages=3)
 
 
-def _with_pointers(x, w, out, bias, residual, gate, partial, sizes, config: GemmConfig, flags) -> None:
+class _Extras(NamedTuple):
+    """What the epilogue reads, in the kernels' order."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    gate: Tensor | None
+
+    def flags(self, activation: str) -> dict[str, bool]:
+        """The kernels' compile-time switches."""
+        return {
+            "HAS_SCALE": self.scale is not None,
+            "GELU": activation == "gelu",
+            "HAS_BIAS": self.bias is not None,
+            "HAS_RESIDUAL": self.residual is not None,
+            "HAS_GATE": self.gate is not None,
+        }
+
+    @property
+    def residual_stride(self) -> int:
+        """Elements from row to row of the residual."""
+        return 0 if self.residual is None else self.residual.stride(0)
+
+
+def _tile(config: GemmConfig, x: Tensor) -> dict[str, int | str]:
+    """What both kernels are told of a tile."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "PRECISION": precision(x),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _with_pointers(x, w, out, extras: _Extras, partial, sizes, config: GemmConfig, flags, inverse: float) -> None:
     m, n, k = sizes
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     split = config.splits > 1
-    none = {"GELU": False, "HAS_BIAS": False, "HAS_RESIDUAL": False, "HAS_GATE": False}
-    target = partial if split else out
-    residual_stride = 0 if residual is None else residual.stride(0)
     _linear_pointers[(tiles, config.splits)](
         x,
         w,
-        target,
-        bias,
-        residual,
-        gate,
+        partial if split else out,
+        *extras,
         m,
         n,
         k,
         x.stride(0),
         w.stride(0),
         n if split else out.stride(0),
-        residual_stride,
-        **(none if split else flags),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
+        extras.residual_stride,
+        inverse,
+        **(dict.fromkeys(flags, False) if split else flags),
         SPLITS=config.splits,
         EVEN_K=k % config.block_k == 0,
-        PRECISION=precision(x),
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_tile(config, x),
     )
     if split:
         block = min(256, next_power_of_2(n))
         sum_splits[(m, cdiv(n, block))](
             partial,
             out,
-            bias,
-            residual,
-            gate,
+            *extras,
             m,
             n,
             out.stride(0),
-            residual_stride,
+            extras.residual_stride,
+            inverse,
             **flags,
             SPLITS=config.splits,
             BLOCK_N=block,
@@ -229,29 +271,22 @@ def _with_pointers(x, w, out, bias, residual, gate, partial, sizes, config: Gemm
         )
 
 
-def _with_descriptors(x, w, out, bias, residual, gate, sizes, config: GemmConfig, flags) -> None:
+def _with_descriptors(x, w, out, extras: _Extras, sizes, config: GemmConfig, flags, inverse: float) -> None:
     m, n, k = sizes
     tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     _linear_descriptors[(min(multiprocessors(x), tiles) if config.persistent else tiles,)](
         host_descriptor(x, [config.block_m, config.block_k]),
         host_descriptor(w, [config.block_n, config.block_k]),
         host_descriptor(out, [config.block_m, config.block_n]),
-        bias,
-        residual,
-        gate,
+        *extras,
         m,
         n,
         k,
-        0 if residual is None else residual.stride(0),
+        extras.residual_stride,
+        inverse,
         **flags,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        GROUP_M=config.group_m,
-        PRECISION=precision(x),
         PERSISTENT=config.persistent,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **_tile(config, x),
     )
 
 
@@ -265,15 +300,19 @@ def linear(
     gate: Tensor | None = None,
     config: GemmConfig | None = None,
     partial: Tensor | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
-    """out (M,N) = residual + gate * activation(x (M,K) w (N,K)^T + bias), accumulated in float32, rounded once.
+    """out (M,N) = residual + gate * activation(x (M,K) w (N,K)^T * scale + bias), in float32, rounded once.
 
-    bias (N,) of any dtype, gate (N,) float32, residual (M,N), which may be `out`. Rows are contiguous, any distance
-    apart. `partial` (splits, M, N) float32 is scratch: with it K is cut into as many parts, for products of few rows
-    and few columns. `config` None takes the tuned one for this GPU and shape, else a default. Raises ValueError where
-    shapes do not fit.
+    bias (N,) of any dtype, gate and scale (N,) float32, residual (M,N), which may be `out`. Rows are contiguous, any
+    distance apart. x and w may be in E4M3, which is what `scale` is for; `out` in E4M3 holds the result times
+    `inverse`, saturated. `partial` (splits, M, N) float32 is scratch: with it K is cut into as many parts, for products
+    of few rows and few columns. `config` None takes the tuned one for this GPU and shape, else a default. Raises
+    ValueError where shapes do not fit.
     """
-    sizes = _check(x, w, out, bias, activation, residual, gate, partial)
+    sizes = _check(x, w, out, bias, activation, residual, gate, partial, scale)
+    check_inverse(out, inverse)
     splits = 1 if partial is None else partial.shape[0]
     if config is None:
         op, shape = ("linear", sizes) if splits == 1 else ("linear_split", (*sizes, splits))
@@ -282,13 +321,9 @@ def linear(
             config = replace(default_config(*sizes[:2], x.dtype), splits=splits)
     if config.splits != splits:
         raise ValueError(f"a config of {config.splits} splits needs partial of as many planes, got {splits}")
-    flags = {
-        "GELU": activation == "gelu",
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_GATE": gate is not None,
-    }
+    extras = _Extras(scale, bias, residual, gate)
+    flags = extras.flags(activation)
     if config.descriptors:
-        _with_descriptors(x, w, out, bias, residual, gate, sizes, config, flags)
+        _with_descriptors(x, w, out, extras, sizes, config, flags, inverse)
     else:
-        _with_pointers(x, w, out, bias, residual, gate, partial, sizes, config, flags)
+        _with_pointers(x, w, out, extras, partial, sizes, config, flags, inverse)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._common import cdiv, dense, next_power_of_2, row_warps, same_dtype, vector
+from ._fp8 import check_inverse, narrow
 from ._triton import tl, triton
 from .rms_norm import rms_norm_ref
 
@@ -47,11 +48,12 @@ def gated_residual_norm_ref(
     shift: Tensor | None,
     out: Tensor,
     eps: float = 1e-6,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `gated_residual_norm`."""
     _check_norm(x, update, gate, scale, shift, out)
     gated_residual_ref(x, update, gate)
-    rms_norm_ref(x, out, scale, shift, eps)
+    rms_norm_ref(x, out, scale, shift, eps, inverse)
 
 
 @triton.jit
@@ -68,7 +70,18 @@ def _gated_residual(x, update, gate, width, GATED: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _gated_residual_norm(
-    x, update, gate, scale, shift, out, width, eps, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    update,
+    gate,
+    scale,
+    shift,
+    out,
+    width,
+    eps,
+    inverse,
+    GATED: tl.constexpr,
+    MODULATED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * width
     offsets = tl.arange(0, BLOCK)
@@ -85,7 +98,7 @@ def _gated_residual_norm(
     if MODULATED:
         weight = 1.0 + tl.load(scale + offsets, mask=inside, other=0.0)
         normed = normed * weight + tl.load(shift + offsets, mask=inside, other=0.0)
-    tl.store(out + row + offsets, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row + offsets, narrow(normed, inverse, out.dtype.element_ty), mask=inside)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor | None = None) -> None:
@@ -107,12 +120,15 @@ def gated_residual_norm(
     shift: Tensor | None,
     out: Tensor,
     eps: float = 1e-6,
+    inverse: float = 1.0,
 ) -> None:
     """`gated_residual`, then out (M,D) = `rms_norm` of the new x, in one pass over the row.
 
-    gate, scale, shift are (D,) float32 or None (scale and shift together). Raises ValueError where shapes do not fit.
+    gate, scale, shift are (D,) float32 or None (scale and shift together). `out` in E4M3 holds the result times
+    `inverse`, saturated. Raises ValueError where shapes do not fit.
     """
     rows, width = _check_norm(x, update, gate, scale, shift, out)
+    check_inverse(out, inverse)
     block = next_power_of_2(width)
     _gated_residual_norm[(rows,)](
         x,
@@ -123,6 +139,7 @@ def gated_residual_norm(
         out,
         width,
         eps,
+        inverse,
         GATED=gate is not None,
         MODULATED=scale is not None,
         BLOCK=block,

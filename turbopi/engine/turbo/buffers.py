@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...kernels import E4M3
 from ...quant.fold import hidden_width
 from .buckets import Bucket
+from .fp8_ops import MOST_SPLITS as MOST_PRODUCT_SPLITS
 
 ALIGNMENT = 256
 QUERY_ROWS = 64
@@ -49,7 +51,11 @@ class RequestBuffers:
 
 @dataclass(frozen=True, eq=False)
 class VisionBuffers:
-    """B·C images in rows. `image_tokens` (B·C·S, vlm width) is what the stage leaves."""
+    """B·C images in rows. `image_tokens` (B·C·S, vlm width) is what the stage leaves.
+
+    `update`, `sums` (float32, parts of a product) and those named `_fp8` (E4M3, what fp8 products read) have rows where
+    there is a product in fp8.
+    """
 
     patches: Tensor
     embedded: Tensor
@@ -59,6 +65,11 @@ class VisionBuffers:
     attended: Tensor
     hidden: Tensor
     image_tokens: Tensor
+    update: Tensor
+    sums: Tensor
+    normed_fp8: Tensor
+    attended_fp8: Tensor
+    hidden_fp8: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +77,7 @@ class PrefillBuffers:
     """B·P rows of the prefix.
 
     `keys` and `values` (depth,B,kv_heads,P+N,head_dim) are what the stage leaves: token i of a sample in slot i, and
-    room behind its last valid token for the suffix.
+    room behind its last valid token for the suffix. `update`, `sums` and `_fp8` as in `VisionBuffers`.
     """
 
     zero: Tensor
@@ -79,6 +90,11 @@ class PrefillBuffers:
     hidden: Tensor
     keys: Tensor
     values: Tensor
+    update: Tensor
+    sums: Tensor
+    normed_fp8: Tensor
+    attended_fp8: Tensor
+    hidden_fp8: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +102,8 @@ class DenoiseBuffers:
     """B·N rows of the suffix.
 
     `x_t` (B·H,action_dim) float32 starts as the noise and ends as the actions. `mixed`, `projected` (B·H,width) and
-    `state_token` (B,width) are float32 and only π0's. `partial` and `partial_lse` belong to the split attention.
+    `state_token` (B,width) are float32 and only π0's. `partial` and `partial_lse` belong to the split attention. `_fp8`
+    as in `VisionBuffers`.
     """
 
     x_t: Tensor
@@ -103,6 +120,9 @@ class DenoiseBuffers:
     state_token: Tensor
     partial: Tensor
     partial_lse: Tensor
+    normed_fp8: Tensor
+    attended_fp8: Tensor
+    hidden_fp8: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,11 +159,19 @@ def request_specs(config: ModelConfig, bucket: Bucket, image_dtype: torch.dtype)
     }
 
 
-def vision_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> dict[str, Spec]:
-    """Shapes and dtypes of a bucket's `VisionBuffers`."""
+def _fp8_specs(specs: dict[str, Spec], fp8: bool) -> dict[str, Spec]:
+    """E4M3 twins of the buffers that products read, without rows where no product is in fp8."""
+    return {
+        f"{name}_fp8": ((specs[name][0][0] if fp8 else 0, specs[name][0][1]), E4M3)
+        for name in ("normed", "attended", "hidden")
+    }
+
+
+def vision_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: bool = False) -> dict[str, Spec]:
+    """Shapes and dtypes of a bucket's `VisionBuffers`; `fp8`: with those of fp8 products."""
     vision = config.vision
     rows = bucket.batch * bucket.cameras * vision.tokens
-    return {
+    specs: dict[str, Spec] = {
         "patches": ((rows, 3 * vision.patch_size**2), torch.float32),
         "embedded": ((rows, vision.width), torch.float32),
         "x": ((rows, vision.width), dtype),
@@ -152,17 +180,20 @@ def vision_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> dic
         "attended": ((rows, vision.width), dtype),
         "hidden": ((rows, hidden_width(vision.mlp_dim)), dtype),
         "image_tokens": ((rows, config.vlm.width), dtype),
+        "update": ((rows if fp8 else 0, vision.width), dtype),
+        "sums": ((MOST_PRODUCT_SPLITS, rows if fp8 else 0, vision.width), torch.float32),
     }
+    return specs | _fp8_specs(specs, fp8)
 
 
-def prefill_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> dict[str, Spec]:
-    """Shapes and dtypes of a bucket's `PrefillBuffers`."""
+def prefill_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: bool = False) -> dict[str, Spec]:
+    """Shapes and dtypes of a bucket's `PrefillBuffers`; `fp8`: with those of fp8 products."""
     vlm = config.vlm
     rows = bucket.batch * bucket.rows(config)
     slots = bucket.rows(config) + config.suffix_tokens
     queries, heads = vlm.heads * vlm.head_dim, vlm.heads + 2 * vlm.kv_heads
     cache: Spec = ((vlm.depth, bucket.batch, vlm.kv_heads, slots, vlm.head_dim), dtype)
-    return {
+    specs: dict[str, Spec] = {
         "zero": ((bucket.batch,), torch.int32),
         "x": ((rows, vlm.width), dtype),
         "normed": ((rows, vlm.width), dtype),
@@ -173,7 +204,10 @@ def prefill_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> di
         "hidden": ((rows, vlm.mlp_dim), dtype),
         "keys": cache,
         "values": cache,
+        "update": ((rows if fp8 else 0, vlm.width), dtype),
+        "sums": ((MOST_PRODUCT_SPLITS, rows if fp8 else 0, vlm.width), torch.float32),
     }
+    return specs | _fp8_specs(specs, fp8)
 
 
 def key_splits(config: ModelConfig, batch: int) -> int:
@@ -184,13 +218,13 @@ def key_splits(config: ModelConfig, batch: int) -> int:
     return max(1, min(MOST_SPLITS, MULTIPROCESSORS // programs))
 
 
-def denoise_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> dict[str, Spec]:
-    """Shapes and dtypes of a bucket's `DenoiseBuffers`."""
+def denoise_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: bool = False) -> dict[str, Spec]:
+    """Shapes and dtypes of a bucket's `DenoiseBuffers`; `fp8`: with those of fp8 products."""
     expert = config.expert
     rows, actions = bucket.batch * config.suffix_tokens, bucket.batch * config.horizon
     queries, heads = expert.heads * expert.head_dim, expert.heads + 2 * expert.kv_heads
     splits = key_splits(config, bucket.batch)
-    return {
+    specs: dict[str, Spec] = {
         "x_t": ((actions, config.action_dim), torch.float32),
         "x": ((rows, expert.width), dtype),
         "normed": ((rows, expert.width), dtype),
@@ -206,6 +240,7 @@ def denoise_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype) -> di
         "partial": ((splits, rows * expert.heads, expert.head_dim), torch.float32),
         "partial_lse": ((splits, rows * expert.heads), torch.float32),
     }
+    return specs | _fp8_specs(specs, fp8)
 
 
 def aligned(count: int) -> int:

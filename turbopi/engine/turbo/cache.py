@@ -43,7 +43,7 @@ def hand_out(buffers: Buffers, lengths: np.ndarray, generation: int) -> TurboCac
     valid = None
     if int(lengths.min()) < longest:
         valid = torch.arange(longest, device=keys.device) < on_device[:, None]
-    cut = [tuple(layer[:, :, :longest] for layer in tensor) for tensor in (keys, values)]
+    cut = [tensor[:, :, :, :longest].unbind() for tensor in (keys, values)]
     return TurboCache(cut[0], cut[1], on_device, valid, buffers, generation, on_device)
 
 

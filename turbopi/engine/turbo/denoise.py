@@ -12,11 +12,16 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...model import Pi0
-from ...quant.fold import FoldedState, Schedule, make_schedule
+from ...quant.fold import FoldedState, Schedule, fold_times, make_schedule, schedule_part
+from ..integrate import EulerStep
 from .buffers import Buffers, DenoiseBuffers, RequestBuffers
 from .graphs import ieee_float32
 from .ops import Ops
+from .products import Product, multiply, multiply_geglu, target
 from .weights import TurboWeights
+
+Steps = int | EulerStep
+"""So many uniform steps, or a single one at a time of its own."""
 
 
 class DenoiseLoop(Protocol):
@@ -24,10 +29,10 @@ class DenoiseLoop(Protocol):
 
     name: str
 
-    def prepare(self, steps: int) -> None:
+    def prepare(self, steps: Steps) -> None:
         """Make everything that depends on the number of steps. Allocates; done before a capture, not in it."""
 
-    def run(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+    def run(self, request: RequestBuffers, buffers: Buffers, steps: Steps) -> None:
         """From request.noise, request.state and the cache in buffers.prefill to buffers.denoise.x_t.
 
         Only launches: no allocation, no waiting. `prepare(steps)` came before.
@@ -35,17 +40,23 @@ class DenoiseLoop(Protocol):
 
 
 class Schedules:
-    """The folded schedules of the numbers of steps that were asked for, made once each and shared by all loops."""
+    """The folded schedules of the numbers of steps that were asked for, made once each and shared by all loops.
+
+    Keeps only what they are made of: the towers' weights can be freed.
+    """
 
     def __init__(self, model: Pi0) -> None:
-        self._model = model
-        self._made: dict[int, Schedule] = {}
+        self._model = schedule_part(model)
+        self._made: dict[Steps, Schedule] = {}
 
-    def __call__(self, steps: int) -> Schedule:
+    def __call__(self, steps: Steps) -> Schedule:
         """The schedule of `steps`; raises ValueError if that is less than 1."""
         if steps not in self._made:
             with ieee_float32():
-                self._made[steps] = make_schedule(self._model, steps)
+                if isinstance(steps, EulerStep):
+                    self._made[steps] = fold_times(self._model, [steps.time], steps.delta)
+                else:
+                    self._made[steps] = make_schedule(self._model, steps)
         return self._made[steps]
 
 
@@ -60,18 +71,18 @@ class RowsLoop:
         self._ops = ops
         self._schedules = schedules
 
-    def prepare(self, steps: int) -> None:
+    def prepare(self, steps: Steps) -> None:
         """Fold the schedule."""
         self._schedules(steps)
 
-    def run(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+    def run(self, request: RequestBuffers, buffers: Buffers, steps: Steps) -> None:
         """See `DenoiseLoop`."""
         schedule, b = self._schedules(steps), buffers.denoise
         state = self._weights.expert.state
         b.x_t.copy_(request.noise.view_as(b.x_t))
         if state is not None:
             torch.addmm(state.state.bias, request.state, state.state.weight.t(), out=b.state_token)
-        for step in range(steps):
+        for step in range(schedule.steps):
             self._suffix(schedule, step, state, b)
             modulation = None if schedule.modulation is None else schedule.modulation[step]
             self._tower(modulation, request, buffers)
@@ -94,31 +105,39 @@ class RowsLoop:
         """b.x through the layers and the final norm into b.normed; modulation (2·depth+1, 3, width) or None."""
         b, cache, ops, weights = buffers.denoise, buffers.prefill, self._ops, self._weights
         suffix, state_token = self._config.suffix_tokens, self._config.kind == "pi0"
+        blocks = weights.expert.blocks
+        readers: list[Product | None] = [*(block.qkv for block in blocks), None]
         scale, shift, gate = _norm(modulation, 0)
-        ops.rms_norm(b.x, b.normed, scale, shift)
-        for layer, block in enumerate(weights.expert.blocks):
+        normed = target(readers[0], b.normed, b.normed_fp8)
+        ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
+        for layer, block in enumerate(blocks):
             keys, values, lengths = cache.keys[layer], cache.values[layer], request.lengths
-            ops.matmul(b.normed, block.qkv, b.qkv)
+            multiply(ops, normed.tensor, block.qkv, b.qkv)
             ops.rotate_and_store(b.qkv, weights.cos, weights.sin, lengths, b.q, keys, values, suffix)
+            attended = target(block.out, b.attended, b.attended_fp8)
             ops.attention_split(
                 b.q,
                 keys,
                 values,
                 lengths,
-                b.attended,
+                attended.tensor,
                 suffix,
                 b.partial,
                 b.partial_lse,
                 extra=suffix,
                 state_token=state_token,
+                inverse=attended.inverse,
             )
-            ops.matmul(b.attended, block.out, b.update)
+            multiply(ops, attended.tensor, block.out, b.update)
+            normed = target(block.gate_up, b.normed, b.normed_fp8)
             scale, shift, next_gate = _norm(modulation, 2 * layer + 1)
-            ops.gated_residual_norm(b.x, b.update, gate, scale, shift, b.normed)
-            ops.geglu_matmul(b.normed, block.gate_up, b.gate_up, b.hidden)
-            ops.matmul(b.hidden, block.down, b.update)
+            ops.gated_residual_norm(b.x, b.update, gate, scale, shift, normed.tensor, inverse=normed.inverse)
+            hidden = target(block.down, b.hidden, b.hidden_fp8)
+            multiply_geglu(ops, normed.tensor, block.gate_up, b.gate_up, hidden)
+            multiply(ops, hidden.tensor, block.down, b.update)
+            normed = target(readers[layer + 1], b.normed, b.normed_fp8)
             scale, shift, gate = _norm(modulation, 2 * layer + 2)
-            ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, b.normed)
+            ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, normed.tensor, inverse=normed.inverse)
 
 
 def _norm(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,13 +16,16 @@ from ...config import ModelConfig
 from ...errors import NonFiniteActionsError
 from ...model import ModelInput, Pi0, PrefixCache
 from ...model.inputs import check_noise
+from ...quant import Quantisation
+from ...quant.fp8 import fp8_details
 from ..base import STAGES, Precision, register_engine
 from ..capture import CudaGraphRecorder, Recorder
+from .again import Again, Placed, SteeringBuffers
 from .arena import Arena, Request
-from .buckets import Bucket, Layout, bucket_for_rows, camera_places, lay_out, token_buckets
+from .buckets import Bucket, Layout, camera_places, lay_out, token_buckets
 from .buffers import Buffers, RequestBuffers
-from .cache import TurboCache, check_foreign, copy_in, hand_out
-from .checks import check_device, check_model, check_stage_input, too_large
+from .cache import TurboCache, hand_out
+from .checks import PRECISIONS, check_device, check_model, check_quantisation, check_stage_input, too_large
 from .denoise import DenoiseLoop, RowsLoop, Schedules
 from .graphs import GraphSet, ieee_float32
 from .ops import TWINS, Ops, triton_ops
@@ -31,7 +35,7 @@ from .vision import encode
 from .weights import fold_model
 
 
-class TurboEngine:
+class TurboEngine(Again):
     """π0 and π0.5 through fused kernels, cuBLAS and CUDA graphs. Equal to the reference within rounding.
 
     A request goes into the smallest bucket (batch, valid cameras, prompt length in steps of 16) that holds it. A
@@ -40,13 +44,14 @@ class TurboEngine:
 
     Args:
         model: the reference on its device. It is only read, shares its token embedding, and must not move.
-        precision: "bf16", or "fp32" for audits.
+        precision: "bf16", "fp8" as the quantisation says, or "fp32" for audits.
         ops: what to launch.
         recorder: what captures; None launches everything anew each time, on any device.
         schedules: of the model, by number of steps; None folds them as they are asked for. An audit gives its own.
+        quantisation: for "fp8", its plan and calibration.
 
     Raises:
-        ValueError: a model that the kernels cannot run; names the engine that can.
+        ValueError: a model, plan or calibration that the kernels cannot run; names what can.
         RuntimeError: too little GPU memory.
     """
 
@@ -60,15 +65,18 @@ class TurboEngine:
         ops: Ops,
         recorder: Recorder | None,
         schedules: Schedules | None = None,
+        quantisation: Quantisation | None = None,
     ) -> None:
         check_model(model, precision)
+        check_quantisation(model, precision, quantisation)
+        self._details = {} if quantisation is None else fp8_details(model.config, quantisation)
         self.precision = precision
         self.config: ModelConfig = model.config
         self.device = next(model.parameters()).device
         self._ops = ops
         try:
             with ieee_float32():
-                self._weights = fold_model(model)
+                self._weights = fold_model(model, quantisation)
         except torch.OutOfMemoryError as error:
             raise too_large("the folded weights", error) from error
         self._schedules = schedules or Schedules(model)
@@ -76,6 +84,25 @@ class TurboEngine:
         self._loops: dict[int, DenoiseLoop] = {}
         self._arenas: dict[int, Arena] = {}
         self._generations: dict[int, int] = {}
+        self._placed: dict[int, Placed] = {}
+        self._steering: dict[int, SteeringBuffers] = {}
+        self._kernel_by_kernel = False
+
+    def observed(self, wrap: Callable[[Ops], Ops]) -> TurboEngine:
+        """An engine over the same weights that launches `wrap(ops)` one by one: for audits.
+
+        Its buffers are its own, it captures nothing, and its denoise loop is the one that goes kernel by kernel.
+        """
+        other = self.apart(None, kernel_by_kernel=True)
+        other._ops = wrap(self._ops)
+        return other
+
+    def apart(self, recorder: Recorder | None, *, kernel_by_kernel: bool = False) -> TurboEngine:
+        """An engine over the same weights, with buffers and graphs of its own."""
+        other = copy.copy(self)
+        other._graphs, other._kernel_by_kernel = GraphSet(recorder), kernel_by_kernel or self._kernel_by_kernel
+        other._loops, other._arenas, other._generations, other._placed, other._steering = {}, {}, {}, {}, {}
+        return other
 
     # Parts that are made once
 
@@ -87,7 +114,7 @@ class TurboEngine:
         if batch not in self._arenas:
             weights = self._weights
             try:
-                arena = Arena(self.config, batch, weights.dtype, weights.vision_dtype, self.device)
+                arena = Arena(self.config, batch, weights.dtype, weights.vision_dtype, self.device, weights.has_fp8)
             except torch.OutOfMemoryError as error:
                 raise too_large(f"the buffers for a batch of {batch}", error) from error
             self._arenas[batch] = arena
@@ -97,12 +124,17 @@ class TurboEngine:
         """Which loop runs a batch. A fixed rule, told by `describe`: what one loop cannot run is never tried on it."""
         if batch not in self._loops:
             loop: DenoiseLoop
-            if self._ops.name == TWINS or obstacles(self.config, self._weights, batch):
+            if self._kernel_by_kernel or self._ops.name == TWINS or self._not_persistent(batch):
                 loop = RowsLoop(self.config, self._weights, self._ops, self._schedules)
             else:
                 loop = PersistentLoop(self.config, self._weights, self._schedules)
             self._loops[batch] = loop
         return self._loops[batch]
+
+    def _not_persistent(self, batch: int) -> list[str]:
+        """Why the persistent loop does not run such a batch; empty if it does."""
+        found = obstacles(self.config, self._weights, batch)
+        return [*found, "the expert's products in fp8"] if self._weights.expert_has_fp8 else found
 
     def _next_generation(self, batch: int) -> int:
         """What earlier caches of this batch size showed is about to be overwritten."""
@@ -168,8 +200,12 @@ class TurboEngine:
         layout = lay_out(self.config, input.image_mask, input.tokens, input.token_mask)
         request = arena.request(layout.bucket, input.images.dtype)
         _write(request.host, layout, input, noise)
-        self._next_generation(batch)
-        return Tick(self, arena, request, arena.buffers(layout.bucket), steps)
+        buffers = arena.buffers(layout.bucket)
+        self._placed[batch] = Placed(buffers, layout.lengths, self._next_generation(batch))
+        return self._tick_of(request, buffers, steps)
+
+    def _tick_of(self, request: Request, buffers: Buffers, steps: int) -> Tick:
+        return Tick(self, self._arena(buffers.bucket.batch), request, buffers, steps)
 
     @torch.no_grad()
     def warm_up(self, cameras: int, steps: int, batch: int = 1, images: torch.dtype = torch.uint8) -> None:
@@ -190,11 +226,13 @@ class TurboEngine:
             "ops": self._ops.name,
             "denoise_loop": {str(batch): loop.name for batch, loop in sorted(self._loops.items())},
             "not_persistent": {
-                str(batch): "; ".join(obstacles(self.config, self._weights, batch))
+                str(batch): "; ".join(self._not_persistent(batch))
                 for batch, loop in sorted(self._loops.items())
                 if loop.name != PersistentLoop.name
             },
             "graphs": self._graphs.recorded,
+            "weight_bytes": self._weights.bytes_by_format(),
+            **self._details,
         }
 
     # The stages one at a time
@@ -252,18 +290,7 @@ class TurboEngine:
         check_stage_input("state", state, (batch, config.state_dim), (torch.float32,))
         check_stage_input("noise", noise, (batch, config.horizon, config.action_dim), (torch.float32,))
         arena = self._arena(batch)
-        if isinstance(cache, TurboCache) and cache.unchanged:
-            if cache.generation != self._generations.get(batch):
-                raise RuntimeError(
-                    "something was computed over this PrefixCache since it was made: run denoise first, or clone its "
-                    "tensors into a PrefixCache to keep them"
-                )
-            buffers = cache.buffers
-        else:
-            check_foreign(cache)
-            buffers = arena.buffers(bucket_for_rows(self.config, batch, int(cache.lengths.max())))
-            self._next_generation(batch)
-            copy_in(cache, buffers)
+        buffers = self._buffers_with(cache)
         request = arena.request(buffers.bucket, torch.float32)
         request.device.lengths.copy_(cache.lengths)
         request.device.state.copy_(state)
@@ -281,27 +308,27 @@ class Tick:
     """One request in its bucket, step by step, so that each can be timed: upload, launch, read."""
 
     def __init__(self, engine: TurboEngine, arena: Arena, request: Request, buffers: Buffers, steps: int) -> None:
-        self._engine, self._arena, self._request, self._buffers = engine, arena, request, buffers
+        self._engine, self._arena, self.request, self.buffers = engine, arena, request, buffers
         self.steps = steps
 
     @property
     def bucket(self) -> Bucket:
         """Where the request was put."""
-        return self._buffers.bucket
+        return self.buffers.bucket
 
     def upload(self) -> None:
         """Start the copy of the inputs to the device."""
-        self._arena.upload(self._request)
+        self._arena.upload(self.request)
 
     def launch(self) -> None:
         """Start the computation; the first of a bucket captures it."""
-        self._engine._run("tick", self._request, self._buffers, self.steps)
+        self._engine._run("tick", self.request, self.buffers, self.steps)
 
     def launch_stage(self, stage: str) -> None:
         """Start one of `STAGES` alone. Raises ValueError for another name."""
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
-        self._engine._run(stage, self._request, self._buffers, self.steps)
+        self._engine._run(stage, self.request, self.buffers, self.steps)
 
     def read(self) -> Tensor:
         """Wait, and return the actions (B,H,32) float32 on the CPU.
@@ -309,7 +336,7 @@ class Tick:
         Raises NonFiniteActionsError where they hold NaN or infinite values.
         """
         host = self._arena.host_outcome
-        host.copy_(self._buffers.outcome, non_blocking=True)
+        host.copy_(self.buffers.outcome, non_blocking=True)
         if self._engine.device.type == "cuda":
             torch.cuda.current_stream(self._engine.device).synchronize()
         if not float(host[-1]):
@@ -317,7 +344,7 @@ class Tick:
                 f"the engine 'turbo' in {self._engine.precision} computed NaN or infinite actions; check the weights "
                 "(`turbo-pi doctor`), and whether the engine 'eager' in fp32 computes the same"
             )
-        return host[:-1].view(self._request.host.noise.shape).clone()
+        return host[:-1].view(self.request.host.noise.shape).clone()
 
 
 def _placed(places: list[list[int]]) -> list[tuple[int, int, int]]:
@@ -357,9 +384,10 @@ def _write_blank(request: RequestBuffers, rows: int) -> None:
     request.lengths.fill_(rows)
 
 
-@register_engine("turbo")
-def create_turbo(model: Pi0, precision: Precision) -> TurboEngine:
+@register_engine("turbo", PRECISIONS)
+def create_turbo(model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> TurboEngine:
     """On the model's GPU, with kernels and graphs."""
     device = next(model.parameters()).device
-    check_device(device)
-    return TurboEngine(model, precision, triton_ops(), CudaGraphRecorder(device))
+    check_device(device, precision)
+    recorder = CudaGraphRecorder(device)
+    return TurboEngine(model, precision, triton_ops(), recorder, quantisation=quantisation)

@@ -14,11 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import kernels
+from .fp8_ops import (
+    FEW_ROWS,
+    fp8_geglu_matmul,
+    fp8_gelu_matmul,
+    fp8_matmul,
+    twin_fp8_geglu_matmul,
+    twin_fp8_gelu_matmul,
+    twin_fp8_matmul,
+)
 
 Activation = Literal["none", "gelu"]
 TWINS = "twins"
-FEW_ROWS = 64
-"""Up to here weights, not products, take the time, and one fused kernel beats a product and a pass over its result."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +34,24 @@ class Ops:
 
     Attributes:
         matmul: (x (M,K), weight (N,K), out (M,N), bias, activation, residual) -> None; see `cublas_matmul`.
-        geglu_matmul: (x (M,K), weight (2F,K), gate_up (M,2F) scratch, out (M,F)) -> None.
-        vision_attention: (qkv (n·S,3·W), out (n·S,W) to use or not, heads, rows_per_image) -> attended (n·S,W).
+        geglu_matmul: (x (M,K), weight (2F,K), gate_up (M,2F) scratch, out (M,F), inverse) -> None.
+        fp8_matmul, fp8_gelu_matmul, fp8_geglu_matmul: of `fp8_ops`, with an `Fp8Weight`.
+        vision_attention: (qkv (n·S,3·W), out (n·S,W), heads, rows_per_image, inverse) -> attended (n·S,W), in `out` or
+            elsewhere; in E4M3 always in `out`.
     """
 
     name: str
     matmul: Callable[..., None]
     geglu_matmul: Callable[..., None]
+    fp8_matmul: Callable[..., None]
+    fp8_gelu_matmul: Callable[..., None]
+    fp8_geglu_matmul: Callable[..., None]
+    gelu: Callable[..., None]
     vision_attention: Callable[..., Tensor]
     patches: Callable[..., None]
     embed_tokens: Callable[..., None]
     layer_norm: Callable[..., None]
+    residual_layer_norm: Callable[..., None]
     rms_norm: Callable[..., None]
     gated_residual_norm: Callable[..., None]
     rotate_and_store: Callable[..., None]
@@ -47,20 +61,24 @@ class Ops:
     action_out: Callable[..., None]
 
 
-def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int) -> Tensor:
+def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> Tensor:
     """Attention of each image's rows among themselves, through torch's fused kernels, which make their own output.
 
-    qkv (n·S,3·W) holds q, k, v one after the other, q scaled by head_dim^-0.5.
+    qkv (n·S,3·W) holds q, k, v one after the other, q scaled by head_dim^-0.5. Only E4M3 is written to `out`.
     """
     q, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    return attended.transpose(1, 2).reshape(out.shape)
+    rows = attended.transpose(1, 2).reshape(out.shape)
+    if out.dtype != kernels.E4M3:
+        return rows
+    kernels.store_ref(rows.float(), out, inverse)
+    return out
 
 
-def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int) -> Tensor:
+def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> Tensor:
     """`sdpa_vision_attention` through the Triton kernel, which reads q, k and v where they stand; written to out."""
     _, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
-    kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image)
+    kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image, inverse=inverse)
     return out
 
 
@@ -100,19 +118,23 @@ def cublas_matmul(
         torch.addmm(addend, x, weight.t(), out=out)
 
 
-def geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
-    """out (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ), weight (2F,K) holding gate, then up; gate_up (M,2F) is scratch."""
+def geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor, inverse: float = 1.0) -> None:
+    """out (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ), weight (2F,K) holding gate, then up; gate_up (M,2F) is scratch.
+
+    `out` in E4M3 holds it times `inverse`.
+    """
     if len(x) <= FEW_ROWS:
-        kernels.geglu_linear(x, weight, out)
+        # One fused kernel beats a product and a pass over its result.
+        kernels.geglu_linear(x, weight, out, inverse=inverse)
         return
     torch.mm(x, weight.t(), out=gate_up)
-    kernels.geglu(gate_up, out)
+    kernels.geglu(gate_up, out, inverse)
 
 
-def twin_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor) -> None:
+def twin_geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor, inverse: float = 1.0) -> None:
     """Twin of `geglu_matmul`."""
     torch.mm(x, weight.t(), out=gate_up)
-    kernels.geglu_ref(gate_up, out)
+    kernels.geglu_ref(gate_up, out, inverse)
 
 
 def triton_ops() -> Ops:
@@ -121,10 +143,15 @@ def triton_ops() -> Ops:
         name="cublas+triton",
         matmul=cublas_matmul,
         geglu_matmul=geglu_matmul,
+        fp8_matmul=fp8_matmul,
+        fp8_gelu_matmul=fp8_gelu_matmul,
+        fp8_geglu_matmul=fp8_geglu_matmul,
+        gelu=kernels.gelu,
         vision_attention=kernel_vision_attention,
         patches=kernels.patches,
         embed_tokens=kernels.embed_tokens,
         layer_norm=kernels.layer_norm,
+        residual_layer_norm=kernels.residual_layer_norm,
         rms_norm=kernels.rms_norm,
         gated_residual_norm=kernels.gated_residual_norm,
         rotate_and_store=kernels.rotate_and_store,
@@ -141,10 +168,15 @@ def twin_ops() -> Ops:
         name=TWINS,
         matmul=twin_matmul,
         geglu_matmul=twin_geglu_matmul,
+        fp8_matmul=twin_fp8_matmul,
+        fp8_gelu_matmul=twin_fp8_gelu_matmul,
+        fp8_geglu_matmul=twin_fp8_geglu_matmul,
+        gelu=kernels.gelu_ref,
         vision_attention=sdpa_vision_attention,
         patches=kernels.patches_ref,
         embed_tokens=kernels.embed_tokens_ref,
         layer_norm=kernels.layer_norm_ref,
+        residual_layer_norm=kernels.residual_layer_norm_ref,
         rms_norm=kernels.rms_norm_ref,
         gated_residual_norm=kernels.gated_residual_norm_ref,
         rotate_and_store=kernels.rotate_and_store_ref,

@@ -6,9 +6,9 @@ import torch
 
 from ...config import ModelConfig
 from ...kernels.cuda_module import can_compile
-from ...kernels.denoise import Cache, DenoiseKernel, Layer, Schedule, Shape
+from ...kernels.denoise import Cache, DenoiseKernel, Layer, Plan, Schedule, Shape
 from .buffers import Buffers, RequestBuffers
-from .denoise import Schedules
+from .denoise import Schedules, Steps
 from .weights import TurboWeights, longest_sequence
 
 OLDEST = (9, 0)
@@ -27,7 +27,16 @@ def obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> list[st
         found.append(f"no GPU of compute capability {OLDEST[0]}.{OLDEST[1]}")
     elif not can_compile():
         found.append("cuda-bindings is not installed")
-    return found + Shape.problems(**_sizes(config))
+    found += Shape.problems(**_sizes(config))
+    return found or _lack_of_room(config, weights.device)
+
+
+def _lack_of_room(config: ModelConfig, device: torch.device) -> list[str]:
+    try:
+        Plan.fit(Shape(**_sizes(config)), torch.cuda.get_device_properties(device))
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 class PersistentLoop:
@@ -47,9 +56,9 @@ class PersistentLoop:
         self._kernel = DenoiseKernel(Shape(**_sizes(config)), layers, weights.device)
         self._weights = weights
         self._schedules = schedules
-        self._prepared: dict[int, Schedule] = {}
+        self._prepared: dict[Steps, Schedule] = {}
 
-    def prepare(self, steps: int) -> None:
+    def prepare(self, steps: Steps) -> None:
         """See `DenoiseLoop`."""
         if steps in self._prepared:
             return
@@ -64,7 +73,7 @@ class PersistentLoop:
             out_bias=folded.action_out.bias.contiguous(),
         )
 
-    def run(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
+    def run(self, request: RequestBuffers, buffers: Buffers, steps: Steps) -> None:
         """See `DenoiseLoop`."""
         x_t, prefix = buffers.denoise.x_t, buffers.prefill
         x_t.copy_(request.noise.view_as(x_t))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +13,9 @@ from torch import Tensor
 from ...config import ModelConfig
 from ...model import Pi0
 from ...model.gemma import ROPE_BASE
-from ...quant.fold import FoldedExpert, FoldedPrefix, FoldedVision, fold_expert, fold_prefix, fold_vision
+from ...quant import Quantisation
+from ...quant.fold import FoldedExpert, FoldedPrefix, FoldedVision, Rounding, fold_expert, fold_prefix, fold_vision
+from ...quant.fp8 import Fp8Rounding, Fp8Weight, check_fp8, input_amax
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,35 @@ class TurboWeights:
         """Where everything is."""
         return self.cos.device
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether any product is in E4M3."""
+        return any(isinstance(part, Fp8Weight) for part in _parts(self))
+
+    @property
+    def expert_has_fp8(self) -> bool:
+        """Whether any of the action expert's products is."""
+        return any(isinstance(part, Fp8Weight) for part in _parts(self.expert))
+
+    def bytes_by_format(self) -> dict[str, int]:
+        """Bytes on the device, the token embedding among them: fp8 products with their scales, the rest by dtype."""
+        found: Counter[str] = Counter()
+        for part in _parts(self):
+            found["fp8" if isinstance(part, Fp8Weight) else str(part.dtype).removeprefix("torch.")] += part.nbytes
+        return dict(found)
+
+
+def _parts(node: Any) -> Iterator[Tensor | Fp8Weight]:
+    """Every tensor and E4M3 matrix in nested dataclasses and tuples."""
+    if isinstance(node, Tensor | Fp8Weight):
+        yield node
+    elif isinstance(node, tuple):
+        for item in node:
+            yield from _parts(item)
+    elif is_dataclass(node):
+        for field in fields(node):
+            yield from _parts(getattr(node, field.name))
+
 
 def rotary_table(model: Pi0, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin, each (positions, head_dim/2) float32, with the frequencies of the model's numerics profile."""
@@ -54,13 +88,22 @@ def longest_sequence(config: ModelConfig) -> int:
 
 
 @torch.no_grad()
-def fold_model(model: Pi0) -> TurboWeights:
-    """Fold layer by layer, next to the model, which stays as it is and shares its token embedding."""
+def fold_model(model: Pi0, quantisation: Quantisation | None = None) -> TurboWeights:
+    """Fold layer by layer, next to the model, which stays as it is and shares its token embedding.
+
+    With a quantisation its fp8 products are kept in E4M3 alone. Raises ValueError as `check_fp8`.
+    """
     cos, sin = rotary_table(model, longest_sequence(model.config))
+    dtypes = (model.vision.dtype, model.vlm.dtype, model.expert.dtype)
+    vision, prefix, expert = (Rounding(dtype) for dtype in dtypes)
+    if quantisation is not None:
+        formats, calibration = check_fp8(model.config, quantisation)
+        amax = input_amax(model.config, calibration)
+        vision, prefix, expert = (Fp8Rounding(dtype, formats, amax) for dtype in dtypes)
     return TurboWeights(
-        vision=fold_vision(model),
-        prefix=fold_prefix(model),
-        expert=fold_expert(model),
+        vision=fold_vision(model, vision),
+        prefix=fold_prefix(model, prefix),
+        expert=fold_expert(model, expert),
         cos=cos,
         sin=sin,
         dtype=model.vlm.dtype,

@@ -1,0 +1,90 @@
+"""The measured part of "FP8 in the turbo engine" in docs/performance.md, made from receipts and from nothing else.
+
+    python benchmarks/fp8_docs.py           # prints the table
+    python benchmarks/fp8_docs.py --write   # puts it between its marks in docs/performance.md
+
+The receipts are `turbo-pi bench`'s of `turbo:fp8` and `turbo:bf16` in one run; docs/performance.md has the commands.
+Cells without a receipt say "not measured yet".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from paired_runs import RESULTS, ROOT, markdown_table
+
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- fp8 -->", "<!-- end of fp8 -->"
+NONE = "not measured yet"
+PREDICTED: dict[tuple[str, str], str] = {
+    ("libero", "encode_images"): "1.35",
+    ("libero", "prefill"): "2.6",
+    ("libero", "denoise"): "as bf16",
+    ("libero", "tick"): "7.8; the goal of 6.5 needs a denoise loop of 2.6",
+    ("full", "encode_images"): "1.6",
+    ("full", "prefill"): "4.1",
+    ("full", "denoise"): "7.4",
+    ("full", "tick"): "13.1",
+}
+"""Milliseconds, written before the first run: the expert in bf16 for `libero`, all in fp8 for `full`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    write: bool = False
+    """Put the table into the page instead of printing it."""
+    results: Path = RESULTS
+    """Where the receipts bench_<workload>_fp8_h200.json are."""
+    page: Path = PAGE
+    """The page."""
+
+
+def stage_ms(subject: dict[str, Any], stage: str) -> float:
+    """The median on the device; of the tick that of its one graph."""
+    return float(subject["device_ms"] if stage == "tick" else subject["stages"][stage]["median_ms"])
+
+
+def row(workload: str, stage: str, receipt: Path) -> tuple[str, ...]:
+    """One line: what was predicted, and what both precisions took in one run."""
+    head = (f"`{workload}` {stage}", PREDICTED[workload, stage])
+    if not receipt.is_file():
+        return (*head, NONE, NONE, "", "")
+    subjects = json.loads(receipt.read_text())["results"]["runs"][0]["subjects"]
+    fp8, bf16 = (stage_ms(subjects[name], stage) for name in ("turbo:fp8", "turbo:bf16"))
+    return (*head, f"{bf16:.2f}", f"**{fp8:.2f}**", f"{bf16 / fp8:.2f} x", f"[`{receipt.name}`]({link(receipt)})")
+
+
+def link(receipt: Path) -> str:
+    """From the page to a receipt."""
+    return f"../benchmarks/results/{receipt.name}"
+
+
+def table(results: Path) -> str:
+    """The whole table."""
+    lines = [row(*key, results / f"bench_{key[0]}_fp8_h200.json") for key in PREDICTED]
+    header = ("stage, ms", "fp8, predicted", "bf16, measured", "fp8, measured", "bf16 / fp8", "receipt")
+    return markdown_table(header, lines)
+
+
+def main() -> None:
+    """Print or write."""
+    options = tyro.cli(Options, description=__doc__)
+    text = table(options.results)
+    if not options.write:
+        print(text)
+        return
+    page = options.page.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{options.page} must have the lines {BEGIN!r} and {END!r} once each, around the table")
+    before, _, rest = page.partition(BEGIN)
+    options.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
