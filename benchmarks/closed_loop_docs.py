@@ -158,13 +158,17 @@ def draw_mistakes(results: dict[str, Any], picture: Path) -> Path:
 
 
 def draw_knobs(results: dict[str, Any], picture: Path) -> Path:
-    """Success against each knob, the other at its usual place; returns the picture's path."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, knob, other, usual in zip(both, ("steps", "replan"), ("replan", "steps"), (5, 10), strict=True):
+    """Success against each knob that was turned, the other at its usual place; returns the picture's path."""
+    turned = {}
+    for knob, other, usual in (("steps", "replan", 5), ("replan", "steps", 10)):
         rows = sorted((r for r in results["settings"] if r[other] == usual), key=lambda r: r[knob])
-        points(axes, [r[knob] for r in rows], rows, "tab:blue", f"{other} {usual}", line=True)
-        axes.set(ylim=(-4, 104), xlabel=knob, ylabel="success, %" if knob == "steps" else "")
+        if len(rows) > 1:
+            turned[knob] = (f"{other} {usual}", rows)
+    figure = Figure(figsize=(4.5 * len(turned), 3.6), layout="constrained")
+    for place, (knob, (fixed, rows)) in enumerate(turned.items()):
+        axes = figure.add_subplot(1, len(turned), place + 1)
+        points(axes, [r[knob] for r in rows], rows, "tab:blue", fixed, line=True)
+        axes.set(ylim=(-4, 104), xlabel=knob, ylabel="" if place else "success, %")
         finished(figure, axes, picture)
     return picture
 
