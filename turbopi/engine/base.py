@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..config import ModelConfig
 from ..model import ModelInput, Pi0, PrefixCache
+from ..quant import PrecisionPlan, Quantisation
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8", "int8", "w8a16", "w4a16", "nvfp4"]
+FLOATS: tuple[Precision, ...] = ("fp32", "bf16")
+"""Precisions without quantisation; every engine runs these unless it registers others."""
 
 STAGES = ("encode_images", "prefill", "denoise")
 
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {
+    name: torch.float32 if name == "fp32" else torch.bfloat16 for name in get_args(Precision)
+}
 
 
 def precision_dtype(precision: str) -> torch.dtype:
-    """The weights' dtype of a precision; raises ValueError that lists the known ones."""
+    """Of the loaded weights; quantisation starts from bf16. Raises ValueError that lists the known precisions."""
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(get_args(Precision))}")
     return DTYPES[precision]
@@ -51,7 +56,15 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class TickEngine(Engine, Protocol):
+class DescribedEngine(Engine, Protocol):
+    """An engine with more to tell than its name and precision."""
+
+    def describe(self) -> dict[str, Any]:
+        """How it runs the stages, as JSON values, for receipts."""
+
+
+@runtime_checkable
+class TickEngine(DescribedEngine, Protocol):
     """An engine that also runs a whole tick at once, from host memory to host memory.
 
     Attributes:
@@ -68,9 +81,6 @@ class TickEngine(Engine, Protocol):
 
     def warm_up(self, cameras: int, steps: int, batch: int = 1, images: torch.dtype = torch.uint8) -> None:
         """Prepare for prompts of any length with `cameras` valid cameras, so that the first tick is like the next."""
-
-    def describe(self) -> dict[str, Any]:
-        """How it runs the stages, as JSON values, for receipts."""
 
 
 def sample_actions(
@@ -112,22 +122,83 @@ def sample_actions(
     return actions
 
 
-EngineFactory = Callable[[Pi0, Precision], Engine]
+class EngineFactory(Protocol):
+    """What makes an engine over a loaded model; `quantisation` is None for precisions without one."""
+
+    def __call__(self, model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> Engine:
+        """The engine. Raises ValueError for a model or device that it cannot run."""
+
+
+Factory = TypeVar("Factory", bound=EngineFactory)
 _FACTORIES: dict[str, EngineFactory] = {}
+_PRECISIONS: dict[str, tuple[Precision, ...]] = {}
 
 
-def register_engine(name: str) -> Callable[[EngineFactory], EngineFactory]:
-    """Make an engine known under a name: a decorator for its class or factory."""
+def register_engine(name: str, precisions: tuple[Precision, ...] = FLOATS) -> Callable[[Factory], Factory]:
+    """Make an engine known under a name, with the precisions that it runs: a decorator for its class or factory."""
 
-    def add(factory: EngineFactory) -> EngineFactory:
-        _FACTORIES[name] = factory
+    def add(factory: Factory) -> Factory:
+        _FACTORIES[name], _PRECISIONS[name] = factory, precisions
         return factory
 
     return add
 
 
-def create_engine(name: str, model: Pi0, precision: Precision) -> Engine:
-    """An engine by name over a loaded model; raises ValueError that lists the known ones."""
+class FamilyFactory(Protocol):
+    """What makes an engine whose name has parts, such as "onnx:DIRECTORY"."""
+
+    def __call__(self, name: str, model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> Engine:
+        """The engine by its whole name. Raises ValueError for a name, model or device that it cannot run."""
+
+
+Family = TypeVar("Family", bound=FamilyFactory)
+_FAMILIES: dict[str, FamilyFactory] = {}
+
+
+def register_family(mark: str) -> Callable[[Family], Family]:
+    """Make a factory known for the names in which `mark` is the first of all marks."""
+
+    def add(factory: Family) -> Family:
+        _FAMILIES[mark] = factory
+        return factory
+
+    return add
+
+
+def engines_for(precision: Precision) -> tuple[str, ...]:
+    """Names of the engines that run a precision."""
+    return tuple(sorted(name for name, precisions in _PRECISIONS.items() if precision in precisions))
+
+
+def create_engine(name: str, model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> Engine:
+    """An engine by name over a loaded model.
+
+    Args:
+        name: as registered; "onnx:DIRECTORY" for an export's files; "vision=onnx,prefill=turbo,denoise=turbo" for
+            stages of several engines.
+        model: in `precision_dtype(precision)`.
+        precision: what to run it in.
+        quantisation: of quantised precisions; None quantises every product alike, where that needs no calibration.
+
+    Raises:
+        ValueError: an unknown name; a precision that the engine cannot run, with those that it can; a plan that does
+            not fit the model or the precision; a calibration that is missing or of another checkpoint.
+    """
+    marks = [mark for mark in _FAMILIES if mark in name]
+    if marks:
+        return _FAMILIES[min(marks, key=name.index)](name, model, precision, quantisation)
     if name not in _FACTORIES:
         raise ValueError(f"unknown engine {name!r}; known: {', '.join(sorted(_FACTORIES))}")
-    return _FACTORIES[name](model, precision)
+    precision_dtype(precision)
+    if precision not in _PRECISIONS[name]:
+        raise ValueError(
+            f"engine {name!r} runs {', '.join(_PRECISIONS[name])}, not {precision!r}; "
+            f"{precision!r} is run by {', '.join(engines_for(precision)) or 'no engine'}"
+        )
+    if precision == "fp32" or precision == "bf16":
+        if quantisation is not None:
+            raise ValueError(f"precision {precision!r} quantises nothing; give the plan's own precision, or no plan")
+        return _FACTORIES[name](model, precision)
+    chosen = quantisation or Quantisation(PrecisionPlan(precision))
+    chosen.check(precision, model)
+    return _FACTORIES[name](model, precision, chosen)

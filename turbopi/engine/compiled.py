@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model import Pi0, PrefixCache
 from ..model.flow import time_schedule
+from ..quant import Quantisation
 from .base import Precision, register_engine
 from .capture import CudaGraphRecorder, require_cuda
 from .graphed import GraphedEngine, StageGraphs
@@ -98,6 +99,7 @@ class CompiledEngine(GraphedEngine):
 
     def __init__(self, model: Pi0, precision: Precision, name: str = "compiled") -> None:
         self.name = name
+        self._details = {}
         self.model = model
         self.precision = precision
         self.config = model.config
@@ -107,10 +109,10 @@ class CompiledEngine(GraphedEngine):
 
 
 @register_engine("compiled")
-def _default(model: Pi0, precision: Precision) -> CompiledEngine:
+def _default(model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> CompiledEngine:
     return CompiledEngine(model, precision, "compiled")
 
 
 @register_engine("compiled-max")
-def _max_autotune(model: Pi0, precision: Precision) -> CompiledEngine:
+def _max_autotune(model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> CompiledEngine:
     return CompiledEngine(model, precision, "compiled-max")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..model import Pi0, PrefixCache
+from ..quant import Quantisation, quantisation_details, quantised
 from .base import Precision, register_engine
 from .capture import CudaGraphRecorder, Recorder, Work, require_cuda
 from .packing import Packing, in_place, pack
@@ -259,7 +260,7 @@ def _store_cache(cache: PrefixCache, into: PrefixCache) -> None:
     into.lengths.copy_(cache.lengths)
 
 
-@register_engine("graphed")
+@register_engine("graphed", get_args(Precision))
 class GraphedEngine:
     """`Pi0` as it is, in CUDA graphs: eager's answer to the bit on the same GPU, without its launches.
 
@@ -268,12 +269,17 @@ class GraphedEngine:
 
     name = "graphed"
 
-    def __init__(self, model: Pi0, precision: Precision) -> None:
-        self.model = model
+    def __init__(self, model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> None:
+        self.device = require_cuda(next(model.parameters()).device, self.name)
+        self.model = model if quantisation is None else quantised(model, quantisation)
+        self._details = {} if quantisation is None else quantisation_details(self.model, quantisation)
         self.precision = precision
         self.config = model.config
-        self.device = require_cuda(next(model.parameters()).device, self.name)
-        self._graphs = StageGraphs(model, ReferenceFunctions(model), CudaGraphRecorder(self.device))
+        self._graphs = StageGraphs(self.model, ReferenceFunctions(self.model), CudaGraphRecorder(self.device))
+
+    def describe(self) -> dict[str, Any]:
+        """How the products are computed, where they are quantised."""
+        return dict(self._details)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
@@ -289,6 +295,10 @@ class GraphedEngine:
     def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Stage 3; see `Engine`."""
         return self._graphs.denoise(cache, state, noise, steps)
+
+    def holds(self, cache: PrefixCache) -> bool:
+        """See `HoldingEngine`."""
+        return isinstance(cache, HeldCache) and cache.generation == cache.owner.generation
 
     def synchronize(self) -> None:
         """Wait for the GPU."""
