@@ -30,7 +30,7 @@ from torch import Tensor
 
 from turbopi import ModelInput, Pi0, load_model, load_policy, preset
 from turbopi.bench import WORKLOADS, write_receipt
-from turbopi.bench.latency import hash_weights
+from turbopi.bench.contenders import hash_weights
 from turbopi.bench.workloads import observation
 from turbopi.checkpoint.load import build_model
 from turbopi.engine import EagerEngine, Engine, Precision, TurboEngine

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from turbopi.config import PRESETS, GemmaConfig, ModelConfig, RuntimeConfig, VisionConfig, preset
+from turbopi import RuntimeConfig
+from turbopi.config import PRESETS, GemmaConfig, ModelConfig, VisionConfig, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

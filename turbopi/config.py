@@ -1,7 +1,7 @@
 """Every dimension and every choice of a π0 / π0.5 model, in frozen dataclasses.
 
-`ModelConfig` is what a checkpoint is: it is written into `config.json` and into every receipt. `RuntimeConfig` is
-what a control tick does with it. Both check themselves when they are made. Sizes: SPEC 1.0.
+`ModelConfig` is what a checkpoint is: it is written into `config.json` and into every receipt, and checks itself when
+it is made. What a control tick does with it is `turbopi.runtime.RuntimeConfig`. Sizes: SPEC 1.0.
 """
 
 from __future__ import annotations
@@ -159,24 +159,6 @@ def _from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         problems = [f"unknown field {where}{n}" for n in unknown] + [f"missing field {where}{n}" for n in missing]
         raise ValueError(f"not a {cls.__name__}: {', '.join(problems)}")
     return cls(**values)
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """What one control tick computes.
-
-    Attributes:
-        steps: flow-matching (Euler) evaluations.
-        seed: of the noise; the same seed and the same observations give the same actions.
-    """
-
-    steps: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require_positive(self, "steps")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"RuntimeConfig.seed must be a non-negative integer, got {self.seed!r}")
 
 
 SO400M = VisionConfig(width=1152, depth=27, mlp_dim=4304, heads=16)

@@ -7,9 +7,9 @@ import torch
 
 from turbopi import load_policy
 from turbopi.checkpoint import init_checkpoint
-from turbopi.cli.infer import read_observation
 from turbopi.cli.main import COMMANDS, main
 from turbopi.errors import InputError
+from turbopi.frames import read_observation
 
 
 @pytest.fixture(scope="module")

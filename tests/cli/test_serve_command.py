@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from turbopi import Policy, load_policy
 from turbopi.checkpoint import init_checkpoint
+from turbopi.frames import read_frames
+from turbopi.transforms import LIBERO
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 from serve_fuzz import KINDS, attack_from_all_sides
@@ -115,3 +118,17 @@ def test_a_port_that_is_taken_is_one_clear_line(checkpoint: Path) -> None:
     assert second.stderr.startswith("error: ")
     assert "address already in use" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_what_the_server_records_can_be_read_as_frames(
+    checkpoint: Path, frames: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    with serving(checkpoint, "--record", str(kept), "--record-every", "1") as (port, log):
+        client = WebsocketClientPolicy("127.0.0.1", port)
+        answers = [client.infer(frames[tick % len(frames)])["actions"] for tick in range(9)]
+        time.sleep(0.3)
+    assert log[-1].startswith("recorded ")
+    found = read_frames(kept, LIBERO)
+    assert len(answers) - 2 <= len(found) <= len(answers)
+    assert np.array_equal(found[0]["observation/image"], frames[0]["observation/image"])

@@ -65,6 +65,9 @@ def test_a_checkpoint_is_described_by_what_it_holds(checkpoint: Path, tmp_path: 
     before = fingerprint(tmp_path)
     (tmp_path / "a").write_bytes(bytes(160_000) + b"\1" + bytes(139_999))
     assert fingerprint(tmp_path) != before
+    before = fingerprint(tmp_path)
+    (tmp_path / "calibration.json").write_text("{}")
+    assert fingerprint(tmp_path) == before
     with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
         fingerprint(tmp_path / "absent")
 

@@ -28,8 +28,9 @@ class BenchOptions:
         what: latency, or memory: bandwidth against the working set, and a tick against the prefix's length.
         workload: libero (2 views, 40 prompt tokens, 10 actions), droid (2, 80, 15) or full (3, 200, 50).
         preset: sizes of the model; pi0 and pi05 are the published ones.
-        engines: by name, in turns on the same weights.
-        precision: fp32 or bf16. Default: bf16 on a GPU, fp32 on a CPU.
+        engines: by name, or name:precision such as turbo:fp8, in turns on the same weights.
+        precision: of engines named without one. Default: bf16 on a GPU, fp32 on a CPU.
+        plan: JSON file that says which products a quantised precision leaves in another format.
         device: auto, cpu, cuda, cuda:1, ...
         batch: observations at once, 1 to 256; several give a run each.
         calls: timed whole calls of each engine.
@@ -52,7 +53,8 @@ class BenchOptions:
     workload: Literal["libero", "droid", "full"] = "libero"
     preset: Preset = "pi05"
     engines: tuple[str, ...] = ("eager",)
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "bf16", "fp8", "int8", "w8a16", "w4a16", "nvfp4"] | None = None
+    plan: Path | None = None
     device: str = "auto"
     batch: tuple[int, ...] = (1,)
     calls: int = 1000
@@ -88,6 +90,7 @@ class BenchOptions:
         from ..bench.memory import MemoryConfig
         from ..config import preset
         from ..policy import choose_device
+        from ..quant import PrecisionPlan
 
         device = choose_device(self.device)
         common: dict[str, Any] = {
@@ -96,6 +99,7 @@ class BenchOptions:
             "engines": self.engines,
             "device": device,
             "precision": self.precision or ("fp32" if device == "cpu" else "bf16"),
+            "plan": None if self.plan is None else PrecisionPlan.load(self.plan),
             "seed": self.seed,
             "warmup": self.warmup,
         }
@@ -178,11 +182,17 @@ def _call_cells(subject: dict[str, Any]) -> tuple[str, ...]:
 
 
 def memory_tables(results: dict[str, Any]) -> Iterator[Table]:
-    """Bandwidth by working set, and ticks by prompt length."""
+    """Bandwidth by working set, bytes of weights, and ticks by prompt length."""
     bandwidth = Table("working set MiB", "TB/s", title="reading again and again")
     for point in results["bandwidth"]:
         bandwidth.add_row(f"{point['bytes'] / 2**20:g}", f"{point['bytes_per_s'] / 1e12:.3f}")
     yield bandwidth
+    if results["weight_bytes"]:
+        weights = Table("engine", "MB", "of which", title="weights")
+        for name, kinds in results["weight_bytes"].items():
+            parts = ", ".join(f"{kind} {size / 1e6:.0f}" for kind, size in kinds.items())
+            weights.add_row(name, f"{sum(kinds.values()) / 1e6:.0f}", parts)
+        yield weights
     ticks = Table("prompt", "prefix", *results["ticks"], title="device milliseconds of a tick, median")
     for points in zip(*results["ticks"].values(), strict=True):
         first = points[0]

@@ -32,7 +32,7 @@ class EpisodeOptions:
         suite: libero_spatial, libero_object, libero_goal or libero_10.
         tasks: indices in the suite, such as 0-9 or 0,3,5-7.
         trials: episodes per task, from the official initial states 0 to trials - 1.
-        replan: actions executed before the next inference.
+        replan: actions executed before the next inference; a runtime with chunking has its own.
         prompts: own, or other-bowl: ask for the scene's other bowl (libero_spatial), to see whether language matters;
             success stays that of the task's own goal.
         videos: how many episodes to film, or which, as task:state,task:state.
@@ -177,10 +177,7 @@ def _source(policy: PolicyOptions, remote: str | None) -> PolicySource:
         return RemoteSource(remote, os.environ.get(API_KEY_VARIABLE))
     from ..sim.sources import CheckpointSource
 
-    options = dataclasses.asdict(policy)
-    del options["checkpoint"], options["seed"]
-    options["default_prompt"] = options.pop("prompt")
-    return CheckpointSource(policy.checkpoint, options)
+    return CheckpointSource(policy.checkpoint, policy.keywords())
 
 
 def _with_progress(evaluate: Any, config: EvalConfig, console: Console) -> dict[str, Any]:

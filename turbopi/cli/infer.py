@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 from rich.console import Console
 
 from ..errors import InputError
+from ..frames import read_observation
 from .options import PolicyOptions
 
 
@@ -39,33 +40,6 @@ def infer(
     console.print(timing_table([result["policy_timing"]]))
     console.print(f"wrote {out}")
     return 0
-
-
-def read_observation(path: Path, group: str | None = None) -> dict[str, Any]:
-    """The observation in an .npz file; keys below `group` become a map of their own, text arrays become text.
-
-    Raises InputError if the file is not an .npz of plain arrays, FileNotFoundError if it is not there.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no observation at {path}; write one with numpy.savez(path, **observation)")
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise InputError(f"{path} holds a single array; write the observation with numpy.savez")
-        with file:
-            arrays = {key: file[key] for key in file.files}
-    except InputError:
-        raise
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
-    observation: dict[str, Any] = {}
-    for key, value in arrays.items():
-        plain = value.item() if value.ndim == 0 and value.dtype.kind in "US" else value
-        if group is not None and key.startswith(f"{group}/"):
-            observation.setdefault(group, {})[key.removeprefix(f"{group}/")] = plain
-        else:
-            observation[key] = plain
-    return observation
 
 
 def _read_noise(path: Path) -> np.ndarray:

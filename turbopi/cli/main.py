@@ -9,16 +9,21 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from .audit import audit
 from .bench import bench
+from .calibrate import calibrate
 from .compare import compare
 from .convert import convert
 from .demos import demos
 from .doctor import doctor
 from .eval import eval_
+from .export import export_
 from .infer import infer
 from .info import info
 from .init import init
+from .report import report
 from .serve import serve
+from .sweep import sweep
 from .train import train
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -26,11 +31,16 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "serve": serve,
     "eval": eval_,
     "compare": compare,
+    "sweep": sweep,
+    "report": report,
     "bench": bench,
+    "audit": audit,
+    "calibrate": calibrate,
     "demos": demos,
     "train": train,
     "doctor": doctor,
     "convert": convert,
+    "export": export_,
     "init": init,
     "info": info,
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from ..policy import Policy
+
+
+DEFAULT_ENGINE = "eager"
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,10 @@ class PolicyOptions:
     Attributes:
         checkpoint: directory of an openpi, lerobot or JAX checkpoint.
         robot: libero, droid, aloha, or lerobot (a lerobot checkpoint's features). Default: what the checkpoint says.
-        engine: way to run the stages.
+        engine: way to run the stages. vision=A,prefill=B,denoise=C mixes several; "A>B>C" takes the first that passes
+            its audit here; onnx:DIR and tensorrt:DIR run what `turbo-pi export` wrote.
         steps: flow-matching evaluations per chunk.
-        precision: fp32 or bf16. Default: bf16 on a GPU, fp32 on a CPU.
+        precision: fp32 or bf16, or quantised. Default: bf16 on a GPU, fp32 on a CPU.
         device: auto, cpu, cuda, cuda:1, ...
         seed: of the noise.
         numerics: named numerics profile. Default: the checkpoint's, else exact.
@@ -28,13 +33,17 @@ class PolicyOptions:
         tokenizer: a .model or tokenizer.json file. Default: the checkpoint's, else the one in openpi's cache.
         state_in_prompt: whether the prompt spells the state. Default: as the checkpoint says, else as is customary.
         prompt: task for observations that have none.
+        plan: JSON file that says which products a quantised precision leaves in another format.
+        calibration: JSON file of `turbo-pi calibrate`. Default: calibration.json in the checkpoint.
+        runtime: what a tick computes: a preset's name or a JSON file, see docs/runtime.md. It has its own steps.
+        preset: engine, precision and runtime of that name together: safe, balanced, fast, or a back end's.
     """
 
     checkpoint: Path
     robot: str | None = None
-    engine: str = "eager"
+    engine: str = DEFAULT_ENGINE
     steps: int = 10
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Literal["fp32", "bf16", "fp8", "int8", "w8a16", "w4a16", "nvfp4"] | None = None
     device: str = "auto"
     seed: int = 0
     numerics: Literal["exact", "openpi", "lerobot", "jax"] | None = None
@@ -43,23 +52,48 @@ class PolicyOptions:
     tokenizer: Path | None = None
     state_in_prompt: bool | None = None
     prompt: str | None = None
+    plan: Path | None = None
+    calibration: Path | None = None
+    runtime: str | None = None
+    preset: str | None = None
 
     def load(self) -> Policy:
         """The policy that these options describe."""
         from ..policy import load_policy
 
-        return load_policy(
-            self.checkpoint,
-            robot=self.robot,
-            engine=self.engine,
-            steps=self.steps,
-            precision=self.precision,
-            seed=self.seed,
-            device=self.device,
-            numerics=self.numerics,
-            invalid_tokens=self.invalid_tokens,
-            asset_id=self.asset_id,
-            tokenizer=self.tokenizer,
-            state_in_prompt=self.state_in_prompt,
-            default_prompt=self.prompt,
-        )
+        return load_policy(self.checkpoint, seed=self.seed, **self.keywords())
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of `load_policy`, but for the path and the seed.
+
+        Raises ValueError for an unknown preset or one that contradicts other options, FileNotFoundError for a runtime
+        that is neither a preset nor a file.
+        """
+        options = dataclasses.asdict(self)
+        for name in ("checkpoint", "seed", "preset"):
+            del options[name]
+        options["default_prompt"] = options.pop("prompt")
+        if self.runtime is not None or self.preset is not None:
+            options |= self._tick()
+        if ">" in options["engine"]:
+            from .selecting import choose_engine
+
+            options["engine"] = choose_engine(self, options)
+        return options
+
+    def _tick(self) -> dict[str, Any]:
+        """Engine, precision and runtime, where one of the two options says so."""
+        from ..runtime.presets import find_preset, find_runtime
+
+        if self.preset is None:
+            assert self.runtime is not None
+            return {"runtime": find_runtime(self.runtime)}
+        if self.runtime is not None:
+            raise ValueError("give --preset or --runtime: a preset has a runtime of its own")
+        found = find_preset(self.preset)
+        if self.engine not in (DEFAULT_ENGINE, found.engine) or self.precision not in (None, found.precision):
+            raise ValueError(
+                f"preset {self.preset!r} is engine {found.engine!r} in {found.precision}; leave --engine and "
+                "--precision away, or use its runtime alone with --runtime"
+            )
+        return {"engine": found.engine, "precision": found.precision, "runtime": found.runtime}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -26,6 +27,9 @@ def serve(
     max_connections: int = 64,
     shutdown_grace_s: float = 30.0,
     log_requests: bool = False,
+    record: Path | None = None,
+    record_every: int = 10,
+    record_mib: int = 2048,
 ) -> int:
     """Serve a policy to openpi clients until SIGTERM or Ctrl-C. Also answers /healthz and /metrics.
 
@@ -39,8 +43,12 @@ def serve(
         max_connections: most clients at a time.
         shutdown_grace_s: seconds that requests in flight have to be answered when the server is told to stop.
         log_requests: print one JSON line per request.
+        record: directory in which to keep observations, for `turbo-pi calibrate --frames`.
+        record_every: keep the first of this many answered requests.
+        record_mib: most that the directory may hold, in MiB.
     """
     from ..serve import ServeConfig, serve_forever
+    from ..serve.recorder import MEBIBYTE, RecordConfig, Recorder, RecordingPolicy
 
     console = Console(stderr=True, soft_wrap=True)
     if log_requests:
@@ -56,6 +64,8 @@ def serve(
         shutdown_grace_s=shutdown_grace_s,
         log_requests=log_requests,
     )
+    limits = None if record is None else RecordConfig(record, record_every, max_bytes=record_mib * MEBIBYTE)
+    recorder = None if limits is None else Recorder(limits)
     loaded = policy.load()
 
     def announce(server: PolicyServer) -> None:
@@ -64,4 +74,10 @@ def serve(
             f"({loaded.engine.name}, {loaded.engine.precision}, {loaded.engine.device})"
         )
 
-    return serve_forever(loaded, config, on_ready=announce)
+    if recorder is None:
+        return serve_forever(loaded, config, on_ready=announce)
+    try:
+        return serve_forever(RecordingPolicy(loaded, recorder), config, on_ready=announce)
+    finally:
+        recorder.close()
+        console.print(f"recorded {recorder.written} observations in {record}, {recorder.dropped} left out")

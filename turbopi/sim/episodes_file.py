@@ -41,6 +41,8 @@ class EpisodeRecord:
         wall_s: seconds of the last attempt, simulation included.
         media: paths of the video and of frames, relative to the run's directory; {} if none was asked for.
         asked: where the prompt asks for something else than the task's own goal, whether that was reached; else None.
+        jerk: of the actions that were executed, see `turbopi.sim.rollout.jerk`; None for fewer than three.
+        runtime: what the policy's runtime reported of the episode; None for a policy that reports nothing.
     """
 
     suite: str
@@ -58,6 +60,8 @@ class EpisodeRecord:
     wall_s: float
     media: dict[str, Any]
     asked: bool | None = None
+    jerk: float | None = None
+    runtime: dict[str, Any] | None = None
 
     @property
     def key(self) -> EpisodeKey:
@@ -66,7 +70,7 @@ class EpisodeRecord:
 
 
 _FIELDS = {field.name for field in fields(EpisodeRecord)}
-_NEEDED = _FIELDS - {"asked"}  # lines that were written before there was such a field are whole
+_NEEDED = _FIELDS - {"asked", "jerk", "runtime"}  # lines that were written before there was such a field are whole
 
 
 def read_records(directory: Path) -> list[EpisodeRecord]:

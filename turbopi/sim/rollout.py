@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from .libero import ACTION_DIM, LiberoEnv
+from .sources import ActingPolicy
 from .video import VideoRecorder
 
 
@@ -48,6 +49,8 @@ class EpisodeResult:
         inferences: chunks asked for.
         infer_ms: time of each, in milliseconds, as the control loop sees it.
         error: why the simulation could not go on, which counts as a failure; None if it could.
+        jerk: of the executed actions, see `jerk`.
+        runtime: what the policy reported of the episode, as JSON values; None if it reports nothing.
     """
 
     spec: EpisodeSpec
@@ -56,11 +59,13 @@ class EpisodeResult:
     inferences: int
     infer_ms: list[float] = field(default_factory=list)
     error: str | None = None
+    jerk: float | None = None
+    runtime: dict[str, Any] | None = None
 
 
 def run_episode(
     env: LiberoEnv,
-    policy: RolloutPolicy,
+    policy: RolloutPolicy | ActingPolicy,
     spec: EpisodeSpec,
     *,
     replan: int = 5,
@@ -73,9 +78,9 @@ def run_episode(
 
     Args:
         env: a simulation of the spec's task.
-        policy: gets the observation of `LiberoEnv.observe`.
+        policy: gets the observation of `LiberoEnv.observe`. One that acts plays its chunks itself.
         spec: the episode.
-        replan: actions executed before the next inference.
+        replan: actions executed before the next inference; of no account for a policy that acts.
         video: takes a frame before every step and the last; closed at the end, also after an error.
 
     Raises:
@@ -97,30 +102,82 @@ def run_episode(
 
 
 def _play(
-    env: LiberoEnv, policy: RolloutPolicy, spec: EpisodeSpec, replan: int, video: VideoRecorder | None
+    env: LiberoEnv, policy: RolloutPolicy | ActingPolicy, spec: EpisodeSpec, replan: int, video: VideoRecorder | None
 ) -> EpisodeResult:
     env.reset(spec.initial_state, seed=spec.seed)
     policy.reset()
-    infer_ms: list[float] = []
-    chunk = np.empty((0, ACTION_DIM))
-    used, success, error = replan, False, None
+    player = _Acting(env, policy) if isinstance(policy, ActingPolicy) else _Chunks(env, policy, replan)
+    actions: list[np.ndarray] = []
+    success, error = False, None
     while env.steps < env.task.step_limit and not success:
         if not np.isfinite(env.state).all():
             error = f"the simulation became unstable at step {env.steps}: the robot's state is {env.state}"
             break
-        if used == replan:
-            observation = env.observe()
-            start = time.perf_counter()
-            reply = policy.infer(observation)
-            infer_ms.append(1e3 * (time.perf_counter() - start))
-            chunk, used = check_chunk(reply, replan), 0
+        action = player.next()
         if video is not None:
             video.add(*env.frames())
-        success = env.step(chunk[used])
-        used += 1
+        success = env.step(action)
+        actions.append(action)
     if video is not None and error is None:
         video.add(*env.frames())
-    return EpisodeResult(spec, success, env.steps, len(infer_ms), infer_ms, error)
+    report = getattr(policy, "report", None)
+    return EpisodeResult(
+        spec,
+        success,
+        env.steps,
+        len(player.infer_ms),
+        player.infer_ms,
+        error,
+        jerk(np.array(actions)),
+        None if report is None else report(),
+    )
+
+
+class _Chunks:
+    """Plays `replan` actions of each chunk."""
+
+    def __init__(self, env: LiberoEnv, policy: RolloutPolicy, replan: int) -> None:
+        self.infer_ms: list[float] = []
+        self._env, self._policy, self._replan = env, policy, replan
+        self._chunk, self._used = np.empty((0, ACTION_DIM)), replan
+
+    def next(self) -> np.ndarray:
+        """The next action; looks and infers where the chunk is used up."""
+        if self._used == self._replan:
+            observation = self._env.observe()
+            start = time.perf_counter()
+            reply = self._policy.infer(observation)
+            self.infer_ms.append(1e3 * (time.perf_counter() - start))
+            self._chunk, self._used = check_chunk(reply, self._replan), 0
+        self._used += 1
+        return self._chunk[self._used - 1]
+
+
+class _Acting:
+    """Lets the policy decide at every tick."""
+
+    def __init__(self, env: LiberoEnv, policy: ActingPolicy) -> None:
+        self.infer_ms: list[float] = []
+        self._env, self._policy = env, policy
+
+    def next(self) -> np.ndarray:
+        """The policy's action for this tick."""
+        act = self._policy.act(self._env.observe)
+        if act.inferred_ms is not None:
+            self.infer_ms.append(act.inferred_ms)
+        return check_chunk({"actions": act.action[None]}, 1)[0]
+
+
+def jerk(actions: np.ndarray) -> float | None:
+    """How roughly the arm was driven: root-mean-square second difference of the executed motions.
+
+    (n,7) relative motions, the last the gripper's, which is left out: LIBERO's actions are velocities in the
+    controller's units, so their second difference is a jerk, in units a tick squared. None for fewer than three.
+    """
+    if len(actions) < 3:
+        return None
+    bends = np.diff(actions[:, :-1], n=2, axis=0)
+    return float(np.sqrt(np.mean(np.sum(np.square(bends), axis=1))))
 
 
 def check_chunk(reply: Mapping[str, Any], replan: int) -> np.ndarray:

@@ -6,10 +6,12 @@ A source is small, frozen and can be sent to another process; `open` makes the p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..quant import CALIBRATION_FILE
 
 if TYPE_CHECKING:
     from ..policy import Policy as ModelPolicy
@@ -31,13 +33,24 @@ class EpisodePolicy(Protocol):
         """Start the episode."""
 
 
+@runtime_checkable
+class ActingPolicy(Protocol):
+    """A policy that plays its chunks itself, one action a control tick."""
+
+    def act(self, observe: Callable[[], Mapping[str, Any]]) -> Any:
+        """The action of this tick, as `turbopi.runtime.controller.Act`; `observe` is called where it infers."""
+
+    def reset(self) -> None:
+        """Start the episode."""
+
+
 class OpenPolicy(Protocol):
     """A policy that is ready to play episodes, in one process."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that makes its actions what they are, as JSON values."""
 
-    def episode(self, noise_seed: int) -> EpisodePolicy:
+    def episode(self, noise_seed: int) -> EpisodePolicy | ActingPolicy:
         """The policy for one episode, with its noise from that seed."""
 
 
@@ -71,7 +84,7 @@ class CheckpointSource:
 
     def describe(self) -> dict[str, Any]:
         """The path, what its files hold, and the options."""
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in self.options.items()}
+        options = {k: _described(v) for k, v in self.options.items() if not (k == "runtime" and v is None)}
         return {"checkpoint": str(self.path.resolve()), "fingerprint": fingerprint(self.path), **options}
 
     def load(self) -> ModelPolicy:
@@ -97,10 +110,17 @@ class LocalPolicy:
         """See `OpenPolicy`."""
         return self._policy.describe()
 
-    def episode(self, noise_seed: int) -> EpisodePolicy:
-        """See `OpenPolicy`; the episodes share transforms and engine."""
+    def episode(self, noise_seed: int) -> EpisodePolicy | ActingPolicy:
+        """See `OpenPolicy`; the episodes share transforms and engine. With chunking, the runtime plays the chunks."""
         policy = self._policy
-        return type(policy)(policy.transforms, policy.engine, replace(policy.runtime, seed=noise_seed))
+        own = type(policy)(policy.transforms, policy.engine, replace(policy.runtime, seed=noise_seed))
+        return own if policy.runtime.chunking is None else own.controller()
+
+
+def _described(option: Any) -> Any:
+    if isinstance(option, Path):
+        return str(option)
+    return option.to_dict() if hasattr(option, "to_dict") else option
 
 
 def check_robot(robot: Robot, name: str) -> None:
@@ -124,12 +144,14 @@ def _sizes(state: Mapping[str, int]) -> str:
 def fingerprint(directory: Path) -> str:
     """Tell checkpoints apart: a digest of every file's name and size, its first, middle and last 64 KiB.
 
+    Without the calibration, which only quantised policies read, and describe.
+
     Raises FileNotFoundError if there is no such directory.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"no checkpoint directory at {directory}")
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p != directory / CALIBRATION_FILE):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:

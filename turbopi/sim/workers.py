@@ -202,6 +202,8 @@ def _record(result: EpisodeResult, env: Any, media: dict[str, Any], wall_s: floa
         wall_s=round(wall_s, 3),
         media=media,
         asked=env.asked,
+        jerk=result.jerk,
+        runtime=result.runtime,
     )
 
 

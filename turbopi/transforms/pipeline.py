@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import ModelConfig
 from ..errors import InputError
-from .actions import absolute_actions
+from .actions import absolute_actions, relative_actions
 from .images import ResizeName, fit_image, to_model
 from .normalize import CONVENTIONS, Convention, DatasetStats, Normalizer, NormMode
 from .prompt import PromptFormat, PromptTokenizer
@@ -142,6 +142,19 @@ class PolicyTransforms:
         if self.absolute_mask is not None:
             real = absolute_actions(real, context.state.astype(real.dtype), self.absolute_mask)
         return {"actions": self.robot.space.actions_to_robot(real[:, : self.robot.action_dim])}
+
+    def reanchored(self, actions: np.ndarray, then: RequestContext, now: RequestContext) -> np.ndarray:
+        """Normalised actions that answered one request, as another request would state the same motion.
+
+        (H, action_dim) float32 -> the same. Only relative actions change, which are made absolute with the state of
+        `then` and relative to that of `now`.
+        """
+        if self.absolute_mask is None:
+            return actions
+        real = self.actions.unnormalize(actions)
+        moved = absolute_actions(real, then.state.astype(real.dtype), self.absolute_mask)
+        back = relative_actions(moved, now.state.astype(real.dtype), self.absolute_mask)
+        return self.actions.normalize(back).astype(np.float32)
 
     def describe(self) -> dict[str, Any]:
         """Every choice made, as plain JSON values, for receipts and the doctor."""

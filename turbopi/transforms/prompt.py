@@ -113,6 +113,7 @@ class PromptTokenizer:
     max_tokens: int
     vocab_size: int
     _warned: list[int] = field(default_factory=list, init=False, repr=False)
+    _text: dict[tuple[str, int], int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.vocab_size > self.vocab_size:
@@ -147,6 +148,25 @@ class PromptTokenizer:
         tokens = np.zeros(self.max_tokens, np.int64)
         tokens[: len(ids)] = ids
         return tokens, np.arange(self.max_tokens) < len(ids)
+
+    def text_tokens(self, task: str, dims: int) -> int:
+        """How many tokens of the prompt do not depend on the state's `dims` values; all, where it is not spelled.
+
+        Found by spelling different states: a tokenizer may join a number with what stands before it. The last task's
+        answer is remembered.
+        """
+        if (task, dims) not in self._text:
+            self._text.clear()
+            self._text[task, dims] = self._count_text(task, dims)
+        return self._text[task, dims]
+
+    def _count_text(self, task: str, dims: int) -> int:
+        states = [np.full(dims, value) for value in (-2.0, -1.0, 0.0, 2.0)]
+        spelled = [tokens[mask] for tokens, mask in (self(task, state) for state in states)]
+        shortest = min(map(len, spelled))
+        first = np.array([ids[:shortest] for ids in spelled])
+        differ = np.flatnonzero((first != first[0]).any(axis=0))
+        return int(differ[0]) if len(differ) else shortest
 
     def _warn_cut(self, length: int) -> None:
         if self._warned:

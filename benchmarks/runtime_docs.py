@@ -1,0 +1,296 @@
+"""Tables and plots of docs/runtime.md, made from the receipts and from nothing else.
+
+    python benchmarks/runtime_docs.py           # prints the tables
+    python benchmarks/runtime_docs.py --write   # puts them into docs/runtime.md, draws docs/images/runtime_*.svg
+
+A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`. Where a receipt is missing, it stays as it
+is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from closed_loop_docs import finished, points
+from matplotlib.figure import Figure
+from paired_runs import IMAGES, RESULTS, ROOT, markdown_table, success_cells
+
+from turbopi.report.pareto import Point, pareto_front
+
+PAGE = ROOT / "docs" / "runtime.md"
+NOT_RUN = "*not run yet*"
+Rows = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    write: bool = False
+    """Put the tables into the page and draw the plots, instead of printing."""
+    results: Path = RESULTS
+    """Directory of the receipts."""
+    page: Path = PAGE
+    """The page."""
+    images: Path = IMAGES
+    """Directory of the plots."""
+
+
+def main() -> None:
+    """Print or write what there are receipts for."""
+    options = tyro.cli(Options, description=__doc__)
+    page = options.page.read_text()
+    for name, make in TABLES.items():
+        text = make(options)
+        if text is None:
+            print(f"no receipt for {name} yet")
+            continue
+        page = placed(page, name, text)
+        print(f"\n{name}\n\n{text}")
+    if options.write:
+        options.page.write_text(page)
+        rows = settings(options)
+        for name, draw in {"thresholds": draw_thresholds, "delays": draw_delays, "pareto": draw_pareto}.items():
+            if any(draws(row, name) for row in rows.values()):
+                draw(rows, options.images / f"runtime_{name}.svg")
+
+
+def placed(page: str, name: str, text: str) -> str:
+    """The page with a table between its two marks. Raises ValueError if the marks are not there once each."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page must have the lines {begin!r} and {end!r} once each, around the table")
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def receipt(options: Options, name: str) -> dict[str, Any] | None:
+    """The results of the one receipt whose name begins so; None if there is none."""
+    found = sorted(options.results.glob(f"{name}*.json"))
+    return json.loads(found[0].read_text())["results"] if found else None
+
+
+def settings(options: Options) -> Rows:
+    """The closed loop's rows by name; empty without a receipt."""
+    results = receipt(options, "runtime_closed_loop")
+    return {} if results is None else {row["name"]: row for row in results["settings"]}
+
+
+def draws(row: dict[str, Any], name: str) -> bool:
+    """Whether a row belongs to a plot."""
+    return name == "pareto" or row["group"] == name
+
+
+def cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Success, interval and p of a row, or that it has not been run."""
+    return (NOT_RUN, "", "") if row is None else success_cells(row)
+
+
+def decision_table(options: Options) -> str | None:
+    """Host time of a decision."""
+    results = receipt(options, "runtime_decision")
+    if results is None:
+        return None
+    header = ("case", "decision p50, µs", "p99, µs", "with the frames' comparison p50, µs", "p99, µs")
+    rows = []
+    for name, found in results.items():
+        parts = [found[part][key] for part in ("decide", "with_frames") for key in ("median_ms", "p99_ms")]
+        rows.append((name, *(f"{1e3 * value:.1f}" for value in parts)))
+    return markdown_table(header, rows)
+
+
+def latency_table(options: Options) -> str | None:
+    """Ticks on a GPU."""
+    results = receipt(options, "runtime_latency")
+    if results is None:
+        return None
+    header = ("steps", "full tick p50 / p99, ms", "fast tick p50 / p99, ms", "denoise stage, ms", "fast beyond it, ms")
+    header += ("guided p50, ms", "overlap, ms an observation", "kernel by kernel", "least, ms", "of 1/least")
+    rows = []
+    for steps, found in results["steps"].items():
+        pair = [f"{found[k]['median_ms']:.2f} / {found[k]['p99_ms']:.2f}" for k in ("full", "fast")]
+        both = [found[k]["ms_per_observation"] for k in ("overlap", "overlap_rows")]
+        numbers = (found["stages"]["denoise"]["median_ms"], found["fast_beyond_denoise_ms"])
+        least = found["least_overlap_ms"]
+        more = (found["guided"]["median_ms"], *both, least)
+        rows.append((steps, *pair, *(f"{v:.2f}" for v in (*numbers, *more)), f"{least / min(both):.2f}"))
+    return markdown_table(header, rows)
+
+
+def effective_table(options: Options) -> str | None:
+    """Average tick and rate, steps x recompute at every n-th, from measured full and fast ticks."""
+    results = receipt(options, "runtime_latency")
+    if results is None:
+        return None
+    rows = []
+    for steps, found in results["steps"].items():
+        full, fast = found["full"]["median_ms"], found["fast"]["median_ms"]
+        means = [(full + (every - 1) * fast) / every for every in range(1, 6)]
+        rows.append((steps, *(f"{mean:.2f} ms, {1e3 / mean:.0f} Hz" for mean in means)))
+    return markdown_table(("steps", *(f"every {n}" for n in range(1, 6))), rows)
+
+
+def reuse_table(options: Options) -> str | None:
+    """Success: steps x recompute at every n-th inference."""
+    rows = settings(options)
+    if not rows:
+        return None
+    rows |= {"steps10_every1": rows["reference"]} if "reference" in rows else {}
+    lines = []
+    for steps in (1, 2, 3, 5, 10):
+        found = [cells(rows.get(f"steps{steps}_every{every}")) for every in range(1, 6)]
+        lines.append((str(steps), *(s if not i else f"{s} ({i}; p {p})" for s, i, p in found)))
+    return markdown_table(("steps", *(f"every {n}" for n in range(1, 6))), lines)
+
+
+def threshold_table(options: Options) -> str | None:
+    """Success, reuse and latency by threshold."""
+    rows = settings(options)
+    if not rows:
+        return None
+    lines = []
+    for threshold in (1.0, 0.999, 0.995, 0.99, 0.985, 0.98, 0.97, 0.95):
+        row = rows.get(f"tokens{threshold:g}")
+        numbers = ("", "") if row is None else (f"{100 * row['reuse_rate']:.0f} %", f"{row['latency']['p50_ms']:.1f}")
+        lines.append((f"{threshold:g}", *cells(row), *numbers))
+    return markdown_table(("threshold", "success", "interval", "p", "reuse rate", "inference p50, ms"), lines)
+
+
+def mode_table(options: Options) -> str | None:
+    """Success by mode, and synchronised against mixed."""
+    rows = settings(options)
+    if not rows:
+        return None
+    names = [f"{kind}_every{every}" for every in (2, 4) for kind in ("synchronised", "mixed")]
+    modes = ("full", "vision_only", "state_only", "text_fixed", "layer_wise")
+    names += [f"{mode}_{threshold:g}" for threshold in (0.985, 0.95) for mode in modes]
+    lines = []
+    for name in names:
+        row = rows.get(name)
+        lines.append((name, *cells(row), "" if row is None else f"{100 * row['reuse_rate']:.0f} %"))
+    return markdown_table(("setting", "success", "interval", "p", "reuse rate"), lines)
+
+
+def delay_table(options: Options) -> str | None:
+    """Success and jerk by delay."""
+    rows = settings(options)
+    if not rows:
+        return None
+    ways = {"": "swapped", "_rtc": "guided", "_short": "guided, executed part only", "_vjp": "guided, true Jacobian"}
+    lines = []
+    for delay in range(9):
+        for suffix, how in ways.items():
+            row = rows.get(f"delay{delay}{suffix}")
+            if row is None and suffix in ("_vjp", "_short"):
+                continue
+            held = "" if row is None else f"{100 * row['held_ticks'] / max(row['control_ticks'], 1):.1f} %"
+            jerk = "" if row is None or row["jerk"] is None else f"{row['jerk']:.3f}"
+            lines.append((str(delay), how, *cells(row), jerk, held))
+    return markdown_table(("delay, ticks", "next chunk", "success", "interval", "p", "jerk", "ticks held"), lines)
+
+
+def pareto_points(rows: Rows) -> list[Point]:
+    """Every row that plays chunks as a client does, by its mean time an inference."""
+    return [
+        Point(row["name"], row["latency"]["mean_ms"], row["rate"], tuple(row["interval"]))
+        for row in rows.values()
+        if row["group"] != "delays"
+    ]
+
+
+def pareto_table(options: Options) -> str | None:
+    """The settings that nothing beats in both success and mean time."""
+    rows = settings(options)
+    if not rows:
+        return None
+    lines = []
+    for point in pareto_front(pareto_points(rows)):
+        row = rows[point.name]
+        lines.append((point.name, *success_cells(row), f"{point.ms:.1f}", f"{row['latency']['p99_ms']:.1f}"))
+    return markdown_table(("setting", "success", "interval", "p", "inference mean, ms", "p99, ms"), lines)
+
+
+def soak_table(options: Options) -> str | None:
+    """What grew, an engine a row."""
+    lines = []
+    for path in sorted(options.results.glob("runtime_soak_*.json")):
+        content = json.loads(path.read_text())
+        found, grown = content["results"], content["results"]["grown_since_a_tenth"]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found["kinds"].items()))
+        memory = ", ".join(f"{name.removesuffix('_mib')} {v:+.1f} MiB" for name, v in grown.items() if name != "graphs")
+        engine = f"{content['config']['engine']}, {content['config']['preset']}"
+        lines.append((engine, f"{found['ticks']}", kinds, str(found["resets"]), memory, str(grown.get("graphs", ""))))
+    if not lines:
+        return None
+    return markdown_table(("engine", "ticks", "kinds", "resets", "memory grown", "graphs recorded anew"), lines)
+
+
+TABLES: dict[str, Callable[[Options], str | None]] = {
+    "decision": decision_table,
+    "latency": latency_table,
+    "effective rate": effective_table,
+    "reuse": reuse_table,
+    "thresholds": threshold_table,
+    "modes": mode_table,
+    "delays": delay_table,
+    "pareto": pareto_table,
+    "soak": soak_table,
+}
+
+
+def draw_thresholds(rows: Rows, picture: Path) -> None:
+    """Success and reuse rate against 1 - threshold."""
+    found = sorted((r for r in rows.values() if r["group"] == "thresholds"), key=lambda r: r["name"])
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    x = [float(row["name"].removeprefix("tokens").partition("_")[0]) for row in found]
+    order = sorted(range(len(x)), key=lambda i: x[i])
+    points(axes, [x[i] for i in order], [found[i] for i in order], "tab:blue", "success", line=True)
+    axes.plot(
+        [x[i] for i in order],
+        [100 * found[i]["reuse_rate"] for i in order],
+        "s--",
+        color="tab:gray",
+        label="reuse rate",
+    )
+    axes.set(xlabel="threshold", ylabel="%", ylim=(-4, 104))
+    finished(figure, axes, picture)
+
+
+def draw_delays(rows: Rows, picture: Path) -> None:
+    """Success and jerk against the delay, with and without real-time chunking."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for suffix, colour, label in (("", "tab:gray", "swapped"), ("_rtc", "tab:blue", "guided")):
+        found = [(d, rows[f"delay{d}{suffix}"]) for d in range(9) if f"delay{d}{suffix}" in rows]
+        if not found:
+            continue
+        points(left, [float(d) for d, _ in found], [row for _, row in found], colour, label, line=True)
+        rough = [(d, row["jerk"]) for d, row in found if row["jerk"] is not None]
+        right.plot([d for d, _ in rough], [j for _, j in rough], "o-", color=colour, label=label)
+    left.set(xlabel="delay, control ticks", ylabel="success, %", ylim=(-4, 104))
+    right.set(xlabel="delay, control ticks", ylabel="jerk")
+    finished(figure, left, picture)
+    finished(figure, right, picture)
+
+
+def draw_pareto(rows: Rows, picture: Path) -> None:
+    """Success against the mean time of an inference; the front joined."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    every, front = pareto_points(rows), pareto_front(pareto_points(rows))
+    points(axes, [p.ms for p in every], [rows[p.name] for p in every], "tab:gray", "settings")
+    axes.plot([p.ms for p in front], [100 * p.rate for p in front], "-", color="tab:blue", label="front")
+    for point in front:
+        axes.annotate(point.name, (point.ms, 100 * point.rate), (4, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="mean inference, ms", ylabel="success, %", ylim=(-4, 104))
+    finished(figure, axes, picture)
+
+
+if __name__ == "__main__":
+    main()
