@@ -54,7 +54,7 @@ def consumed(packed: Tensor, rows: Tensor, parts: int) -> Tensor:
 
 @pytest.mark.parametrize(("tiles", "parts"), [(1, 1), (4, 1), (1, 2)])
 def test_lanes_find_their_weights(tiles: int, parts: int) -> None:
-    weights, rows = torch.randn(64, 256), torch.randn(3, 256)
+    weights, rows = torch.randn(64, 128), torch.randn(3, 128)
     torch.testing.assert_close(consumed(pack(weights, tiles, parts), rows, parts), weights @ rows.T)
 
 
