@@ -9,16 +9,13 @@ A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`. A r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
+from doc_tables import ROOT, fill, markdown_table, receipt
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "audit.md"
 NOT_RUN = "not run yet"
 PLANTED = "audit_planted"
@@ -41,34 +38,7 @@ class Options:
 def main() -> None:
     """Print or write."""
     options = tyro.cli(Options, description=__doc__)
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
-        text = make()
-        page = placed(page, name, text)
-        print(f"\n{name}\n\n{text}")
-    if options.write:
-        PAGE.write_text(page)
-
-
-def placed(page: str, name: str, text: str) -> str:
-    """The page with a table between its two marks. Raises ValueError if the marks are not there."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"{PAGE} must have the lines {begin!r} and {end!r} once each, around the table")
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-
-
-def receipt(name: str) -> dict[str, Any] | None:
-    """A receipt, None if there is none."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    fill(PAGE, TABLES, options.write)
 
 
 def planted_table() -> str:
@@ -80,7 +50,7 @@ def planted_table() -> str:
     candidates = list(dict.fromkeys(row["candidate"] for row in rows))
     cells = {(row["bug"], row["candidate"]): row for row in rows}
     bugs = list(dict.fromkeys(row["bug"] for row in rows))
-    return markdown(
+    return markdown_table(
         ("bug", *candidates),
         [(bug, *(planted_cell(cells[bug, candidate]) for candidate in candidates)) for bug in bugs],
     )
@@ -129,7 +99,7 @@ def runs_table() -> str:
         "actions' error",
         "plain's",
     )
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"planted bugs": planted_table, "runs": runs_table}

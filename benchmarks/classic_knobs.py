@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import tyro
 from closed_loop_docs import draw_knobs
-from paired_runs import IMAGES, RESULTS, RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
+from doc_tables import IMAGES, RESULTS
+from paired_runs import RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
 from rich.table import Table
 
 from turbopi.bench import write_receipt

@@ -9,16 +9,17 @@ is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
+from doc_tables import IMAGES, RESULTS, ROOT, fill, markdown_table, receipt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paired_runs import IMAGES, RESULTS, ROOT, markdown_table, success_cells
+from paired_runs import success_cells
 
 from turbopi.sim.compare import compare
 from turbopi.sim.episodes_file import EPISODES_FILE, read_records
@@ -46,42 +47,20 @@ class Options:
 def main() -> None:
     """Print or write what there are receipts for."""
     options = tyro.cli(Options, description=__doc__)
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
-        text = make(options)
-        if text is None:
-            print(f"no receipt for {name} yet")
-            continue
-        page = placed(page, name, text)
-        print(f"\n{name}\n\n{text}")
+    fill(PAGE, {name: partial(make, options) for name, make in TABLES.items()}, options.write)
     if options.write:
-        PAGE.write_text(page)
-        for draw, receipt in ((draw_mistakes, "planted_mistakes"), (draw_knobs, "classic_knobs")):
-            results = results_of(receipt)
-            if results is not None:
-                draw(results, IMAGES / f"{receipt}.svg")
-
-
-def placed(page: str, name: str, text: str) -> str:
-    """The page with a table between its two marks. Raises ValueError if the marks are not there."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"{PAGE} must have the lines {begin!r} and {end!r} once each, around the table")
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-
-
-def results_of(receipt: str) -> dict[str, Any] | None:
-    """The results of a receipt, None if there is none."""
-    path = RESULTS / f"{receipt}.json"
-    return json.loads(path.read_text())["results"] if path.is_file() else None
+        for draw, name in ((draw_mistakes, "planted_mistakes"), (draw_knobs, "classic_knobs")):
+            found = receipt(name, RESULTS)
+            if found is not None:
+                draw(found["results"], IMAGES / f"{name}.svg")
 
 
 def mistakes_table(_: Options) -> str | None:
     """Success beside error, a row a mistake."""
-    results = results_of("planted_mistakes")
-    if results is None:
+    found = receipt("planted_mistakes", RESULTS)
+    if found is None:
         return None
+    results = found["results"]
     header = ("mistake", "success", "interval", "p against unbroken", "relative error", "first step", "cosine")
     rows = []
     for row in results["mistakes"]:
@@ -94,9 +73,10 @@ def mistakes_table(_: Options) -> str | None:
 
 def knobs_table(_: Options) -> str | None:
     """Success and cost, a row a setting."""
-    results = results_of("classic_knobs")
-    if results is None:
+    found = receipt("classic_knobs", RESULTS)
+    if found is None:
         return None
+    results = found["results"]
     header = ("steps", "replan", "success", "interval", "p against 10 and 5", "median steps of successes")
     rows = []
     for row in results["settings"]:

@@ -11,14 +11,12 @@ Receipts, all in benchmarks/results/: `onnx_parity.json`, `onnx_parity_pi05.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from closed_loop_docs import placed
-from paired_runs import RESULTS, ROOT, markdown_table
+from doc_tables import RESULTS, ROOT, fill, markdown_table, receipt
 
 from turbopi.sim.compare import compare
 from turbopi.sim.episodes_file import EPISODES_FILE
@@ -48,25 +46,12 @@ class Options:
 def main() -> None:
     """Print or write the tables."""
     options = tyro.cli(Options, description=__doc__)
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
-        text = make()
-        page = placed(page, name, text)
-        print(f"\n{name}\n\n{text}")
-    if options.write:
-        PAGE.write_text(page)
-        print(f"\nwrote {PAGE}")
-
-
-def receipt(name: str) -> dict[str, Any] | None:
-    """A whole receipt, None if there is none."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    fill(PAGE, TABLES, options.write)
 
 
 def parity() -> str:
     """The worst tap of each graph and way: fixtures, and full size."""
-    small, full = receipt("onnx_parity"), receipt("onnx_parity_pi05")
+    small, full = receipt("onnx_parity", RESULTS), receipt("onnx_parity_pi05", RESULTS)
     rows = []
     for key, words in WAYS.items():
         cells = [words]
@@ -104,7 +89,7 @@ def _memory(full: dict[str, Any] | None) -> str:
 
 def lower_precisions() -> str:
     """Actions of the whole graph against float32, beside the quantised reference's own."""
-    found = receipt("onnx_precisions")
+    found = receipt("onnx_precisions", RESULTS)
     header = ("precision", "actions against float32", "the quantised reference's own", "graph against that reference")
     rows = []
     for precision in ("fp16", "fp8-qdq", "int8-qdq"):
@@ -127,7 +112,7 @@ def lower_precisions() -> str:
 
 def engine() -> str:
     """Ticks and stages on a CPU, all engines in one run."""
-    found = receipt("onnx_engine_cpu")
+    found = receipt("onnx_engine_cpu", RESULTS)
     if found is None:
         return NOT_RUN
     results = found["results"]
@@ -159,7 +144,7 @@ def closed_loop() -> str:
         rows.append(("paired", paired["verdict"]))
     else:
         rows += [("`eager` and `onnx`, the same 200 episodes", NOT_RUN)]
-    robot = receipt("onnx_robot")
+    robot = receipt("onnx_robot", RESULTS)
     played = NOT_RUN
     if robot is not None:
         results = robot["results"]

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
-from paired_runs import RESULTS, ROOT, markdown_table
+from doc_tables import RESULTS, ROOT, fill, markdown_table
 
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- fp8 -->", "<!-- end of fp8 -->"
 NONE = "not measured yet"
 PREDICTED: dict[tuple[str, str], str] = {
     ("libero", "encode_images"): "1.35",
@@ -75,15 +75,7 @@ def table(results: Path) -> str:
 def main() -> None:
     """Print or write."""
     options = tyro.cli(Options, description=__doc__)
-    text = table(options.results)
-    if not options.write:
-        print(text)
-        return
-    page = options.page.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{options.page} must have the lines {BEGIN!r} and {END!r} once each, around the table")
-    before, _, rest = page.partition(BEGIN)
-    options.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    fill(options.page, {"fp8": partial(table, options.results)}, options.write)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from doc_tables import ROOT
 from rich.console import Console
 
 from turbopi.sim.compare import compare
@@ -20,9 +21,6 @@ from turbopi.sim.summary import summarize
 from turbopi.sim.sweep import prepared
 from turbopi.sim.workers import SceneSource
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-IMAGES = ROOT / "docs" / "images"
 INTERRUPTED = 130
 TABLE_WIDTH = 150
 
@@ -173,9 +171,3 @@ def success_cells(result: Mapping[str, Any]) -> tuple[str, str, str]:
     """Successes, interval, and p-value, for tables."""
     low, high = result["interval"]
     return f"{result['successes']}/{result['episodes']}", f"{100 * low:.1f}-{percent(high)}", f"{result['p_value']:.2g}"
-
-
-def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table for docs/."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -21,8 +21,9 @@ import torch
 import tyro
 from action_audit import AGES, NOISE_SEED, Observations, Recording, answers, errors, record
 from closed_loop_docs import draw_mistakes
+from doc_tables import IMAGES, RESULTS
 from mistakes import MISTAKES, UNBROKEN, FrozenScenes, Mistake, MistakenSource
-from paired_runs import IMAGES, RESULTS, RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
+from paired_runs import RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
 from rich.table import Table
 
 from turbopi.bench import write_receipt

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
-from closed_loop_docs import placed
-from paired_runs import RESULTS, ROOT, markdown_table, success_cells
+from doc_tables import RESULTS, ROOT, fill, markdown_table
+from paired_runs import success_cells
 
 PAGE = ROOT / "docs" / "precision.md"
 NOT_RUN = "not run yet"
@@ -81,13 +82,7 @@ def main() -> None:
     """Print or write the tables."""
     options = tyro.cli(Options, description=__doc__)
     receipts = read(RESULTS)
-    page = PAGE.read_text()
-    for name, make in TABLES.items():
-        text = make(receipts)
-        page = placed(page, name, text)
-        print(f"\n{name}\n\n{text}")
-    if options.write:
-        PAGE.write_text(page)
+    fill(PAGE, {name: partial(make, receipts) for name, make in TABLES.items()}, options.write)
 
 
 def read(results: Path) -> Receipts:

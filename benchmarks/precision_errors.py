@@ -17,7 +17,8 @@ from typing import Any, cast, get_args
 
 import torch
 import tyro
-from paired_runs import RESULTS, ROOT, wide_console
+from doc_tables import RESULTS, ROOT
+from paired_runs import wide_console
 from rich.table import Table
 from torch import Tensor
 

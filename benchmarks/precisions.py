@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import tyro
-from paired_runs import RESULTS, RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
+from doc_tables import RESULTS
+from paired_runs import RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
 from rich.table import Table
 
 from turbopi.bench import write_receipt

@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 from closed_loop_docs import finished, points
+from doc_tables import IMAGES, RESULTS, ROOT, fill, markdown_table
 from matplotlib.figure import Figure
-from paired_runs import IMAGES, RESULTS, ROOT, markdown_table, success_cells
+from paired_runs import success_cells
 
 from turbopi.report.pareto import Point, pareto_front
 
@@ -44,29 +46,12 @@ class Options:
 def main() -> None:
     """Print or write what there are receipts for."""
     options = tyro.cli(Options, description=__doc__)
-    page = options.page.read_text()
-    for name, make in TABLES.items():
-        text = make(options)
-        if text is None:
-            print(f"no receipt for {name} yet")
-            continue
-        page = placed(page, name, text)
-        print(f"\n{name}\n\n{text}")
+    fill(options.page, {name: partial(make, options) for name, make in TABLES.items()}, options.write)
     if options.write:
-        options.page.write_text(page)
         rows = settings(options)
         for name, draw in {"thresholds": draw_thresholds, "delays": draw_delays, "pareto": draw_pareto}.items():
             if any(draws(row, name) for row in rows.values()):
                 draw(rows, options.images / f"runtime_{name}.svg")
-
-
-def placed(page: str, name: str, text: str) -> str:
-    """The page with a table between its two marks. Raises ValueError if the marks are not there once each."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"the page must have the lines {begin!r} and {end!r} once each, around the table")
-    before, _, rest = page.partition(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def receipt(options: Options, name: str) -> dict[str, Any] | None:

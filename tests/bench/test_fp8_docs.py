@@ -9,6 +9,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import fp8_docs
 
+BEGIN, END = "<!-- fp8 -->", "<!-- end of fp8 -->"
+
 
 def receipt(path: Path, factor: float) -> None:
     stages = {stage: {"median_ms": 2.0 * factor} for stage in ("encode_images", "prefill", "denoise")}
@@ -20,7 +22,7 @@ def receipt(path: Path, factor: float) -> None:
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     receipt(tmp_path / "bench_libero_fp8_h200.json", 1.0)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{fp8_docs.BEGIN}\nold\n{fp8_docs.END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["fp8_docs.py", "--write", "--results", str(tmp_path), "--page", str(page)])
     fp8_docs.main()
     text = page.read_text()
@@ -43,4 +45,4 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_page_has_its_marks() -> None:
     text = fp8_docs.PAGE.read_text()
-    assert text.count(fp8_docs.BEGIN) == text.count(fp8_docs.END) == 1
+    assert text.count(BEGIN) == text.count(END) == 1

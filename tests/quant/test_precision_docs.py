@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import precision_docs as docs
 import precision_errors
 import precisions
+from doc_tables import placed
 
 from turbopi.checkpoint import init_checkpoint
 
@@ -103,7 +104,7 @@ def test_the_verdict_is_the_closed_loops(difference: float, p: float, episodes: 
 def test_the_page_has_a_place_for_each_table() -> None:
     page = docs.PAGE.read_text()
     for name in docs.TABLES:
-        page = docs.placed(page, name, "a table")
+        page = placed(page, name, "a table")
     assert page.count("a table") >= len(docs.TABLES)
 
 

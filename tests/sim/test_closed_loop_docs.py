@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import closed_loop_docs as docs
 from classic_knobs import Options as KnobOptions
+from doc_tables import placed
 from paired_runs import is_complete, row
 from planted_mistakes import noise_threshold
 
@@ -60,11 +61,11 @@ def test_tables_come_from_receipts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tables_have_their_places() -> None:
     page = docs.PAGE.read_text()
     for name in docs.TABLES:
-        changed = docs.placed(page, name, "| new |")
+        changed = placed(page, name, "| new |")
         assert f"<!-- {name} -->\n| new |\n<!-- end of {name} -->" in changed
-        assert docs.placed(changed, name, "| new |") == changed
+        assert placed(changed, name, "| new |") == changed
     with pytest.raises(ValueError, match="once each"):
-        docs.placed(page, "nowhere", "")
+        placed(page, "nowhere", "")
 
 
 def test_language_in_a_table(tmp_path: Path) -> None:
