@@ -23,7 +23,7 @@ from turbopi.sim.episodes_file import EPISODES_FILE
 
 PAGE = ROOT / "docs" / "export.md"
 NOT_RUN = "not run yet"
-EAGER, ONNX = RESULTS / "libero_spatial_eager_cpu", RESULTS / "libero_spatial_onnx"
+EAGER, ONNX = RESULTS / "libero_spatial_software", RESULTS / "libero_spatial_onnx"
 MINIMUM = 200
 """Pairs below which no verdict is given."""
 WAYS = {
