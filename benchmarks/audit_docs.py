@@ -10,11 +10,10 @@ A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`. A r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from doc_tables import ROOT, fill, markdown_table, receipt
+from doc_tables import ROOT, Options, fill, markdown_table, receipt
 
 PAGE = ROOT / "docs" / "audit.md"
 NOT_RUN = "not run yet"
@@ -25,14 +24,6 @@ RUNS: dict[str, str] = {
     "audit_pi05_turbo_bf16": "π0.5 full size, turbo:bf16, GPU",
     "audit_pi05_turbo_fp8": "π0.5 full size, turbo:fp8, GPU",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to do."""
-
-    write: bool = False
-    """Put the tables into the page instead of printing."""
 
 
 def main() -> None:

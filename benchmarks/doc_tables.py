@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do."""
+
+    write: bool = False
+    """Put the tables into the page, instead of only printing them."""
 
 
 def fill(page: Path, tables: Mapping[str, Callable[[], str | None]], write: bool) -> None:

@@ -12,11 +12,10 @@ Receipts, all in benchmarks/results/: `onnx_parity.json`, `onnx_parity_pi05.json
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import tyro
-from doc_tables import RESULTS, ROOT, fill, markdown_table, receipt
+from doc_tables import RESULTS, ROOT, Options, fill, markdown_table, receipt
 
 from turbopi.sim.compare import compare
 from turbopi.sim.episodes_file import EPISODES_FILE
@@ -33,14 +32,6 @@ WAYS = {
     "denoise stage": "denoise, its loop left to itself",
     "whole free": "whole, from images to actions",
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to do."""
-
-    write: bool = False
-    """Put the tables into the page, instead of printing."""
 
 
 def main() -> None:

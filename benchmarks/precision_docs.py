@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from doc_tables import RESULTS, ROOT, fill, markdown_table
+from doc_tables import RESULTS, ROOT, Options, fill, markdown_table
 from paired_runs import success_cells
 
 PAGE = ROOT / "docs" / "precision.md"
@@ -68,14 +68,6 @@ class Receipts:
         """All runs of which something is known or will be."""
         timed = [name for rows in self.ticks.values() for name in rows]
         return tuple(dict.fromkeys((*RUNS, *self.errors, *self.success, *timed)))
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to do."""
-
-    write: bool = False
-    """Put the tables into the page, instead of printing."""
 
 
 def main() -> None:

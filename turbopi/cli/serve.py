@@ -52,9 +52,7 @@ def serve(
 
     console = Console(stderr=True, soft_wrap=True)
     if log_requests:
-        requests = logging.getLogger(REQUEST_LOGGER)
-        requests.setLevel(logging.INFO)
-        requests.addHandler(logging.StreamHandler())
+        _print_requests()
     config = ServeConfig(
         host=host,
         port=port,
@@ -81,3 +79,10 @@ def serve(
     finally:
         recorder.close()
         console.print(f"recorded {recorder.written} observations in {record}, {recorder.dropped} left out")
+
+
+def _print_requests() -> None:
+    """Let the server's request log through to the terminal."""
+    requests = logging.getLogger(REQUEST_LOGGER)
+    requests.setLevel(logging.INFO)
+    requests.addHandler(logging.StreamHandler())

@@ -198,3 +198,14 @@ class ModelGraphs:
             "spec": {"precision": spec.precision, "base": spec.float_type, "opset": spec.chosen_opset},
             "buckets": list(self.buckets),
         }
+
+
+def open_graphs(
+    model: Pi0, precision: Precision, quantisation: Quantisation | None, directory: str | None
+) -> ExportedGraphs | ModelGraphs:
+    """The graphs in a directory, checked against the model; without one, those that are exported when first needed."""
+    if directory is None:
+        return ModelGraphs(model, precision, quantisation)
+    graphs = ExportedGraphs(directory)
+    graphs.check(model, precision, quantisation)
+    return graphs

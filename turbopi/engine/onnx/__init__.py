@@ -33,7 +33,7 @@ def create_onnx(
     """
     try:
         from ..graphs.engine import GraphEngine
-        from ..graphs.source import ExportedGraphs, ModelGraphs
+        from ..graphs.source import open_graphs
         from .session import OnnxRunner
     except ImportError as error:
         raise ImportError(f"{HINT} ({error})") from error
@@ -43,8 +43,6 @@ def create_onnx(
             "ONNX Runtime has no bfloat16 products on a CPU; use precision 'fp32', an export in fp16 "
             "(engine='onnx:DIRECTORY'), or load the model on 'cuda'"
         )
-    graphs = ModelGraphs(model, precision, quantisation) if directory is None else ExportedGraphs(directory)
-    if isinstance(graphs, ExportedGraphs):
-        graphs.check(model, precision, quantisation)
+    graphs = open_graphs(model, precision, quantisation, directory)
     runner = OnnxRunner(device, eight_bit_floats=graphs.eight_bit_floats)
     return GraphEngine("onnx", graphs, runner, precision, device)

@@ -41,7 +41,7 @@ def create_tensorrt(
     device = require_cuda(next(model.parameters()).device, "tensorrt")
     try:
         from ..graphs.engine import GraphEngine
-        from ..graphs.source import ExportedGraphs, ModelGraphs
+        from ..graphs.source import open_graphs
     except ImportError as error:
         raise ImportError(
             f"the engine 'tensorrt' needs onnx and onnx-ir: pip install 'turbo-pi[onnx]' ({error})"
@@ -50,9 +50,7 @@ def create_tensorrt(
     from .plans import PlanCache
     from .runtime import TensorrtRunner
 
-    graphs = ModelGraphs(model, precision, quantisation) if directory is None else ExportedGraphs(directory)
-    if isinstance(graphs, ExportedGraphs):
-        graphs.check(model, precision, quantisation)
+    graphs = open_graphs(model, precision, quantisation, directory)
     plans = PlanCache(PLANS.expanduser() if directory is None else Path(directory) / "plans")
     runner = TensorrtRunner(load_tensorrt(), plans, device, CudaGraphRecorder(device))
     return GraphEngine("tensorrt", graphs, runner, precision, device)
