@@ -110,6 +110,24 @@ def test_recorded_steps_repeat_and_new_guidance_records_nothing() -> None:
     assert recorder.recorded == prepared
 
 
+def test_a_kept_cache_of_any_length_records_nothing() -> None:
+    """Its rows may fit buckets of other cameras: kept ones are copied into the smallest that holds them."""
+    recorder = Rerun()
+    engine = TurboEngine(model(), "fp32", twin_ops(), recorder)
+    steps = uniform_steps(engine.config, 2)
+    engine.warm_up_stages(2, torch.float32, steps, None)
+    engine.warm_up_again(2, 2)
+    prepared = recorder.recorded
+    for length in range(1, engine.config.max_tokens + 1, 7):
+        x, noise = observation(engine.config, [length])
+        cache = engine.prefill(engine.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
+        expected = engine.integrate(cache, x.state, noise, steps)
+        kept = copied(cache)
+        assert relative(engine.sample_again(kept, x.state, noise, 2), expected) <= 1e-6
+        assert relative(engine.integrate(kept, x.state, noise, steps), expected) <= 1e-6
+    assert recorder.recorded == prepared
+
+
 def test_steering_that_turbo_cannot_do() -> None:
     engine = twins(model())
     x, noise = observation(engine.config, [9])

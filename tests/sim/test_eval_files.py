@@ -64,15 +64,25 @@ def test_every_prefix_of_a_log_is_a_log(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
-    other = {"suite": "libero_spatial", "trials": 50, "source": {"steps": 3, "path": "a"}}
+    other = {"suite": "libero_spatial", "trials": 10, "source": {"steps": 3, "path": "a"}}
     with RunDirectory(tmp_path, {**CONFIG, "trials": 7}):
         pass
     with RunDirectory(tmp_path, CONFIG) as run:  # an empty run may still become another
         run.append(RECORD)
-    with pytest.raises(ValueError, match=r"trials: 20 → 50; source\.steps: 10 → 3\).*--out"):
+    with pytest.raises(ValueError, match=r"trials: 20 → 10; source\.steps: 10 → 3\).*--out"):
         RunDirectory(tmp_path, other)
     with RunDirectory(tmp_path, CONFIG) as run:  # the refusal let go of the lock
         assert run.records == [RECORD]
+
+
+def test_a_run_may_grow(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.append(RECORD)
+    with RunDirectory(tmp_path, {**CONFIG, "trials": 50}) as run:
+        assert run.records == [RECORD]
+    assert read_config(tmp_path)["config"] == {**CONFIG, "trials": 50}
+    with pytest.raises(ValueError, match="trials: 50 → 20"):
+        RunDirectory(tmp_path, CONFIG)
 
 
 def test_another_policy_is_refused_by_name(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def eval_(
     minimum: int = 50,
     episode_timeout_s: float = 1800.0,
 ) -> int:
-    """Evaluate a policy in LIBERO. The same command continues a run that was stopped.
+    """Evaluate a policy in LIBERO. The same command continues a run that was stopped, or one that had fewer trials.
 
     Give --checkpoint, or --remote with a server that TURBO_PI_API_KEY may hold the key of. Writes config.json,
     episodes.jsonl, summary.json and report.html. Exit status 1 if episodes ended in an error.

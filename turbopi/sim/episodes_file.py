@@ -137,6 +137,12 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {json.dumps(old)} → {json.dumps(new)}"]
 
 
+def _with_trials_of(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """`new` as if it asked for no more trials than `old`: a run may go on with more episodes of the same kind."""
+    grown = isinstance(old.get("trials"), int) and isinstance(new.get("trials"), int) and new["trials"] > old["trials"]
+    return {**new, "trials": old["trials"]} if grown else new
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
@@ -223,7 +229,9 @@ class RunDirectory:
         new = {"format": FORMAT, "config": config}
         if self.records:
             old = read_config(self.path)
-            self._refuse(differences(old["config"], config))
+            self._refuse(differences(old["config"], _with_trials_of(config, old["config"])))
+            if old["config"] != config:
+                write_json(self.path / CONFIG_FILE, old := {**old, "config": config})
             return old
         write_json(self.path / CONFIG_FILE, new)
         return new

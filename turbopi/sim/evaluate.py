@@ -26,7 +26,7 @@ class EvalConfig:
     """What to evaluate, and how.
 
     Attributes:
-        out: the run's directory; one that holds part of this very run is continued.
+        out: the run's directory; one that holds part of this very run is continued, also with more trials.
         source: of the policy.
         scenes: of the simulations.
         suite: LIBERO suite.

@@ -114,11 +114,11 @@ class Again:
 
     @torch.no_grad()
     def warm_up_again(self: Host, cameras: int, steps: int, batch: int = 1) -> None:
-        """See `AgainEngine`: captures stage 3 of every prompt bucket."""
+        """See `AgainEngine`: captures stage 3 of every prompt bucket, and of those that kept caches are copied into."""
         arena = self._arena(batch)
         self._next_generation(batch)
-        for tokens in reversed(token_buckets(self.config)):
-            buffers = arena.buffers(Bucket(batch, cameras, tokens))
+        for bucket in _buckets_again(self.config, batch, cameras):
+            buffers = arena.buffers(bucket)
             request = arena.request(buffers.bucket, torch.uint8)
             _blank(request.device, buffers.rows)
             with self._on_device():
@@ -131,15 +131,16 @@ class Again:
         """See `SteppingEngine`: capture every stage by itself, the last one as `integrate`."""
         arena = self._arena(batch)
         self._next_generation(batch)
-        for tokens in reversed(token_buckets(self.config)):
-            buffers = arena.buffers(Bucket(batch, cameras, tokens))
-            request = arena.request(buffers.bucket, images)
+        for bucket in _buckets_again(self.config, batch, cameras):
+            buffers = arena.buffers(bucket)
+            request = arena.request(bucket, images)
             request.device.images.zero_()
             _blank(request.device, buffers.rows)
             with self._on_device():
-                self._graphs.ensure(*self._work("prefill", request, buffers, 0))
-                if tokens == token_buckets(self.config)[0]:  # by itself, stage 1 always runs in this bucket
-                    self._graphs.ensure(*self._work("encode_images", request, buffers, 0))
+                if bucket.cameras == cameras:
+                    self._graphs.ensure(*self._work("prefill", request, buffers, 0))
+                    if bucket.tokens == token_buckets(self.config)[0]:  # by itself, stage 1 always runs in this bucket
+                        self._graphs.ensure(*self._work("encode_images", request, buffers, 0))
                 if steps:
                     self._graphs.ensure(*self._integration(request, buffers, steps, limit))
 
@@ -227,6 +228,17 @@ def _integrate(
         static.x.copy_(x_t)
     finite = torch.isfinite(x_t).all()
     buffers.finite.copy_(finite)
+
+
+def _buckets_again(config: ModelConfig, batch: int, cameras: int) -> list[Bucket]:
+    """Where prefixes of `cameras` cameras lie, the largest first: in their own buckets while they are the latest.
+
+    A cache that comes back later no longer says how many of its rows were cameras', see `bucket_for_rows`.
+    """
+    own = {Bucket(batch, cameras, tokens) for tokens in token_buckets(config)}
+    shortest = cameras * config.vision.tokens + 1
+    kept = {bucket_for_rows(config, batch, rows) for rows in range(shortest, shortest + config.max_tokens)}
+    return sorted(own | kept, key=lambda bucket: bucket.rows(config), reverse=True)
 
 
 def _blank(request: RequestBuffers, rows: int) -> None:
