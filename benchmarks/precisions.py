@@ -60,7 +60,8 @@ def main() -> None:
     """Play what is missing, write the receipt, show the table."""
     options = tyro.cli(Options, description=__doc__)
     console = wide_console()
-    run_all({name: run_of(options, name) for name in options.names}, options.at_once, console)
+    if options.play:
+        run_all({name: run_of(options, name) for name in options.names}, options.at_once, console)
     results: dict[str, Any] = {"reference": options.reference, "runs": collect(options)}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = write_receipt(options.receipt, f"precisions in closed loop, {options.suite}", results, config)

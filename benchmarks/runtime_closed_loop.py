@@ -90,7 +90,8 @@ def main() -> None:
             done = is_complete(options.out / named(setting, options), options.episodes)
             console.print(f"{'complete' if done else 'missing '}  {setting.group:10}  {named(setting, options)}")
         return
-    run_all({named(s, options): run_of(options, s) for s in wanted}, options.at_once, console)
+    if options.play:
+        run_all({named(s, options): run_of(options, s) for s in wanted}, options.at_once, console)
     results = {"reference": named(REFERENCE, options), "settings": collect(options)}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = write_receipt(options.receipt, f"the runtime in closed loop, {options.suite}", results, config)
