@@ -1,9 +1,10 @@
 """Every precision in closed loop: the same episodes, the same noise, each held against bf16 by McNemar's exact test.
 
-    python benchmarks/precisions.py --out build/precisions --device cuda --workers 15 --at-once 3
-    python benchmarks/precisions.py --out build/precisions --device cuda --runs turbo:bf16 turbo:fp8 --at-once 2
+    python benchmarks/precisions.py --out build/precisions --device cpu --workers 15 --at-once 3
+    python benchmarks/precisions.py --out build/precisions --runs turbo:fp8 --workers 5
 
-A run is ENGINE:PRECISION. Quantised ones read calibration.json in the checkpoint (`turbo-pi calibrate`). The same
+A run is ENGINE:PRECISION. `turbo` runs on the GPU, other engines on --device: processes that share a GPU wait for each
+other, which turbo alone is quick enough for. Quantised ones read calibration.json in the checkpoint (`turbo-pi calibrate`). The same
 command continues runs that were stopped; new runs may be added. The receipt, which holds every run whose episodes are
 complete, is benchmarks/results/precisions.json. 200 episodes are played, 20 of each task.
 """
@@ -24,8 +25,8 @@ from turbopi.engine import Precision, engines_for
 from turbopi.sim.evaluate import EvalConfig
 from turbopi.sim.simulations import LiberoScenes
 
-REFERENCE = "eager:bf16"
-RUNS = (REFERENCE, "eager:fp8", "eager:int8", "eager:w8a16", "eager:w4a16", "eager:nvfp4")
+REFERENCE = "turbo:bf16"
+RUNS = (REFERENCE, "turbo:fp8", "eager:int8", "eager:w8a16", "eager:w4a16", "eager:nvfp4")
 REPLAN = 5
 QUANTISED_ONLY = ("plan", "calibration")
 
@@ -86,7 +87,8 @@ def directory(options: Options, name: str) -> Path:
 def run_of(options: Options, name: str) -> EvalConfig:
     """The evaluation of one run."""
     engine, precision = split(name)
-    chosen: dict[str, Any] = {"engine": engine, "precision": precision, "device": options.device}
+    device = "cuda" if engine == "turbo" else options.device
+    chosen: dict[str, Any] = {"engine": engine, "precision": precision, "device": device}
     if precision not in ("fp32", "bf16"):
         chosen |= {key: getattr(options, key) for key in QUANTISED_ONLY}
     source = replace(options.source, options=chosen)

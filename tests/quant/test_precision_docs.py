@@ -55,7 +55,7 @@ def test_every_cell_comes_from_a_receipt(tmp_path: Path) -> None:
     turbo = {**error, "engine": "turbo"}
     write(tmp_path / "precision_errors_h200.json", {"rows": [other, turbo], "full_size_bytes": {}})
     write(
-        tmp_path / "precisions.json", {"runs": [played("eager:bf16", 190, 0, 1), played("turbo:fp8", 188, -0.01, 0.7)]}
+        tmp_path / "precisions.json", {"runs": [played("turbo:bf16", 190, 0, 1), played("turbo:fp8", 188, -0.01, 0.7)]}
     )
     subjects = {"turbo:bf16": measured(10.0), "turbo:fp8": measured(6.0)}
     config = {"precision": "bf16", "workload": {"name": "libero"}}
@@ -73,7 +73,7 @@ def test_every_cell_comes_from_a_receipt(tmp_path: Path) -> None:
     assert "6.0 (2.0 + 2.0 + 2.0), 1.67 × bf16 | not run yet | 2.50 | 2.5e-02 (5.0e-02)" in rows["turbo:fp8"]
     assert rows["turbo:fp8"].endswith("188/200 | 90.0-100.0 % | 0.7 | as good as bf16 |")
     assert "| 0 over budget; actions 2.4e-02, 2.3e-02 is the format's |" in rows["turbo:fp8"]
-    assert rows["eager:bf16"].endswith("190/200 | 90.0-100.0 % |  | the reference |")
+    assert rows["turbo:bf16"].endswith("190/200 | 90.0-100.0 % |  | the reference |")
     assert "| max | 2.5e-02 | not run yet |\n| percentile 99.9 | 7.0e-02 | 7.0e-02 |" in docs.observer_table(receipts)
     assert "| fp8 | 1.00 | 0.50 |" in docs.memory_table(receipts)
     assert "| `turbo:fp8` | 1.0e-02 | 2.0e-02 | 3.0e-02 | 2.5e-02 | 5.0e-02 | 1.0e-01 | 0.99900 |" in docs.error_table(
@@ -110,12 +110,14 @@ def test_the_page_has_a_place_for_each_table() -> None:
 
 def test_runs_are_named_and_checked(tmp_path: Path) -> None:
     options = precisions.Options(out=tmp_path, runs=("eager:fp8", "turbo:fp8"), calibration=tmp_path / "c.json")
-    assert options.names == ("eager:bf16", "eager:fp8", "turbo:fp8")
+    assert options.names == ("turbo:bf16", "eager:fp8", "turbo:fp8")
     config = precisions.run_of(options, "eager:fp8")
     assert config.out == tmp_path / "eager_fp8"
     assert (config.seed, config.trials, config.replan) == (7, 20, 5)
     assert config.source.options["calibration"] == tmp_path / "c.json"
-    assert "calibration" not in precisions.run_of(options, "eager:bf16").source.options
+    devices = [precisions.run_of(options, name).source.options["device"] for name in options.names]
+    assert devices == ["cuda", "auto", "cuda"]
+    assert "calibration" not in precisions.run_of(options, "turbo:bf16").source.options
     with pytest.raises(ValueError, match=r"'compiled:nvfp4' is no run: 'nvfp4' is run by eager"):
         precisions.split("compiled:nvfp4")
     with pytest.raises(ValueError, match="'warp:fp8' is no run"):

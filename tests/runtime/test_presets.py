@@ -41,6 +41,18 @@ def test_nothing_is_claimed_before_it_is_measured(name: str) -> None:
             preset.stated()
 
 
+def test_what_is_claimed_stands_in_the_receipt() -> None:
+    claimed = {name: preset for name, preset in RECOMMENDED.items() if preset.success is not None}
+    assert claimed
+    for preset in claimed.values():
+        success = preset.success
+        assert success is not None
+        rows = json.loads((Path(__file__).parents[2] / success.receipt).read_text())["results"]["settings"]
+        row = next(row for row in rows if RuntimeConfig.from_dict(row["runtime"]) == preset.runtime)
+        assert (row["successes"], row["episodes"], row["engine"]) == (success.successes, success.episodes, preset.engine)
+        assert row["interval"] == pytest.approx([success.low, success.high], abs=1e-4)
+
+
 def test_a_measured_preset_states_its_interval() -> None:
     preset = Preset("eager", "fp32", RuntimeConfig(), "x", Success(190, 200, 0.91, 0.97, "r.json"))
     assert preset.stated() == "190/200, 91.0 to 97.0 % (r.json)"

@@ -61,7 +61,13 @@ def _every(n: int) -> RuntimeConfig:
 _GATE = RuntimeConfig(reuse=ReuseConfig(gate=SimilarityGate(0.985)))
 
 RECOMMENDED: dict[str, Preset] = {
-    "safe": Preset("turbo", "bf16", RuntimeConfig(10), "everything at every tick"),
+    "safe": Preset(
+        "turbo",
+        "bf16",
+        RuntimeConfig(10),
+        "everything at every tick",
+        Success(193, 200, 0.9295, 0.9829, "benchmarks/results/runtime_closed_loop.json"),
+    ),
     "balanced": Preset("turbo", "bf16", RuntimeConfig(3), "three steps, everything else at every tick"),
     "fast": Preset("turbo", "bf16", RuntimeConfig(1), "one step, everything else at every tick"),
 }
