@@ -4,9 +4,9 @@
     python benchmarks/precisions.py --out build/precisions --runs turbo:fp8 --workers 5
 
 A run is ENGINE:PRECISION. `turbo` runs on the GPU, other engines on --device: processes that share a GPU wait for each
-other, which turbo alone is quick enough for. Quantised ones read calibration.json in the checkpoint (`turbo-pi calibrate`). The same
-command continues runs that were stopped; new runs may be added. The receipt, which holds every run whose episodes are
-complete, is benchmarks/results/precisions.json. 200 episodes are played, 20 of each task.
+other, which turbo alone is quick enough for. Quantised ones read calibration.json in the checkpoint (`turbo-pi
+calibrate`). The same command continues runs that were stopped; new runs may be added. The receipt, which holds every
+run whose episodes are complete, is benchmarks/results/precisions.json. 200 episodes are played, 20 of each task.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def test_what_is_claimed_stands_in_the_receipt() -> None:
         assert success is not None
         rows = json.loads((Path(__file__).parents[2] / success.receipt).read_text())["results"]["settings"]
         row = next(row for row in rows if RuntimeConfig.from_dict(row["runtime"]) == preset.runtime)
-        assert (row["successes"], row["episodes"], row["engine"]) == (success.successes, success.episodes, preset.engine)
+        assert (row["successes"], row["episodes"]) == (success.successes, success.episodes)
+        assert row["engine"] == preset.engine
         assert row["interval"] == pytest.approx([success.low, success.high], abs=1e-4)
 
 
