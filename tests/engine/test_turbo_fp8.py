@@ -22,6 +22,7 @@ from turbopi.engine.turbo.fp8_ops import (
     twin_fp8_matmul,
 )
 from turbopi.engine.turbo.ops import twin_ops
+from turbopi.engine.turbo.persistent import obstacles
 from turbopi.engine.turbo.weights import fold_model
 from turbopi.kernels import E4M3, GemmConfig, store_ref
 from turbopi.quant import Calibration, InputRange, PrecisionPlan, Quantisation, product_names, quantised
@@ -159,11 +160,22 @@ def test_one_request_leaves_nothing_behind_and_nothing_is_recorded_twice() -> No
     assert torch.equal(engine.sample_actions(*first, 3), fresh)
     assert recorder.recorded == recorded
     told = engine.describe()
-    assert "the expert's products in fp8" in told["not_persistent"]["1"]
+    assert "beside others" not in told["not_persistent"]["1"]
     assert told["products"] == {"fp8": len(product_names(reference.config))}
     assert told["plan"] == {"default": "fp8", "exceptions": {}}
     assert told["calibration"]["synthetic"]
     assert set(told["weight_bytes"]) == {"fp8", "bfloat16", "float32"}
+
+
+def test_an_expert_in_two_formats_goes_kernel_by_kernel_and_says_so() -> None:
+    reference = calibrated("pi05-tiny", torch.bfloat16)
+    for default, other in (("fp8", "bf16"), ("bf16", "fp8")):
+        for pattern in ("expert.layers.0.*", "expert.*.down"):
+            engine = engine_of(reference, quantisation_of(reference, default, {pattern: other}))
+            assert "expert products in fp8 beside others in bf16" in obstacles(engine.config, engine._weights, 1)
+    for exceptions in ({}, {"expert.*": "bf16"}, {"vision.*": "bf16", "prefix.layers.1.*": "bf16"}):
+        engine = engine_of(reference, quantisation_of(reference, "fp8", exceptions))
+        assert "expert products in fp8 beside others in bf16" not in obstacles(engine.config, engine._weights, 1)
 
 
 # Weights

@@ -84,6 +84,39 @@ def test_within_a_bucket_nothing_is_captured_again() -> None:
     assert torch.cuda.memory_allocated() == allocated
 
 
+@pytest.mark.parametrize("name", ["pi05-small", "pi05-libero-small"])
+@torch.no_grad()
+def test_one_observation_is_denoised_in_one_kernel(name: str) -> None:
+    """It errs as the simulation does and as the loop that goes kernel by kernel, and with the same bits again."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the persistent loop needs compute capability 9.0")
+    engine, _, simulated, exact = engines(name)
+    rows = engine.apart(None, kernel_by_kernel=True)
+    ours, theirs, simulations, apart = [], [], [], []
+    for seed in range(4):
+        x, noise = observation(exact.config, [9 + 8 * seed], seed=seed)
+        there = x.to("cuda"), noise.cuda()
+        truth = exact.sample_actions(*there, 10)
+        actions, by_rows = (each.sample_actions(x, noise, 10) for each in (engine, rows))
+        assert torch.equal(engine.sample_actions(x, noise, 10), actions)
+        ours.append(relative(actions, truth))
+        theirs.append(relative(by_rows, truth))
+        simulations.append(relative(simulated.sample_actions(*there, 10), truth))
+        apart.append(relative(actions, by_rows))
+    assert engine.describe()["denoise_loop"] == {"1": "persistent"}
+    assert rows.describe()["denoise_loop"] == {"1": "rows"}
+    assert sum(ours) <= 1.15 * sum(theirs)
+    assert sum(ours) <= 1.3 * sum(simulations)
+    assert sum(apart) < 0.6 * sum(theirs)
+
+
+def test_an_expert_in_two_formats_goes_kernel_by_kernel() -> None:
+    engine, *_ = engines("pi05-small", **{"expert.layers.0.down": "bf16"})
+    engine.sample_actions(*observation(engine.config, [33]), 10)
+    assert engine.describe()["denoise_loop"] == {"1": "rows"}
+    assert "expert products in fp8 beside others in bf16" in engine.describe()["not_persistent"]["1"]
+
+
 def test_an_expert_kept_in_bf16_runs_the_loop_of_bf16() -> None:
     engine, *_ = engines("pi05-small", **{"expert.*": "bf16"})
     reference = create_engine("turbo", model("pi05-small", "cuda", torch.bfloat16), "bf16")

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from turbopi import kernels
-from turbopi.kernels import AttentionConfig, GemmConfig
+from turbopi.kernels import AttentionConfig, GemmConfig, _dependent, row_attention_wgmma, row_products_tma
 
 BF16, F32, I32, E4M3 = torch.bfloat16, torch.float32, torch.int32, torch.float8_e4m3fn
 
@@ -122,6 +122,21 @@ def quantised(m):
         kernels.geglu_linear(rows, weight, hidden, other, columns, 2.5)
 
 
+def fused(m, hopper):
+    """The kernels of the fused denoise loop, launched ahead of their turn, for any GPU or Hopper's own."""
+    _dependent.dependent = lambda like: True
+    row_attention_wgmma.on_hopper = row_products_tma.on_hopper = lambda like: hopper
+    x, one, vector = empty(m, 1024), empty(1, dtype=I32), empty(1024, dtype=F32)
+    table, cache, q = empty(2048, 128, dtype=F32), empty(1, 1, 1018, 256), empty(m, 2048)
+    weight, parts, hidden = empty(2560, 1024), empty(8, m, 1024, dtype=F32), empty(m, 4096)
+    kernels.row_qkv(x, weight, table, table, one, q, cache, cache, m)
+    partial = empty(8, m * 8, 256, dtype=F32), empty(8, m * 8, dtype=F32)
+    kernels.row_attention(q, cache, cache, one, q, m, *partial, extra=m, ahead=weight)
+    kernels.row_parts(hidden, empty(1024, 4096), parts)
+    kernels.row_sum_norm(parts, x, vector, vector, vector, x)
+    kernels.row_geglu(x, empty(8192, 1024), hidden)
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1])
     triton.runtime.driver.set_active(NoGpu(capability))
@@ -131,3 +146,6 @@ if __name__ == "__main__":
         quantised(552)
     heads_of(552)
     products_of(552, descriptors=capability >= 90)
+    if capability >= 90:
+        for hopper in (False, True):
+            fused(50, hopper)

@@ -8,6 +8,7 @@ import torch
 
 from turbopi.kernels import AttentionConfig, GemmConfig, attention, geglu_linear, linear, tuning
 from turbopi.kernels.attention import default_config as default_attention
+from turbopi.kernels.tuning import PrefixAttentionConfig
 
 ENTRIES = {
     "bfloat16 552x2048x1024": "a",
@@ -49,7 +50,8 @@ def test_configs_are_read_from_the_gpus_file(tmp_path, monkeypatch):
 def test_shipped_configs_are_valid(file):
     for op, entries in json.loads(file.read_text())["configs"].items():
         for entry in entries.values():
-            (AttentionConfig if op.startswith("attention") else GemmConfig)(**entry)
+            kinds = {"attention": AttentionConfig, "prefix": PrefixAttentionConfig}
+            kinds.get(op.partition("_")[0], GemmConfig)(**entry)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ ROLES = {
     "fp8_gelu_matmul": "product",
     "gelu": "activation",
     "geglu_matmul": "gated product",
+    "tiled_geglu": "gated product",
     "fp8_geglu_matmul": "gated product",
     "vision_attention": "attention",
     "embed_tokens": "embedding",

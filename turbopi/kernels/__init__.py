@@ -12,9 +12,19 @@ from .geglu_linear import geglu_linear, geglu_linear_ref
 from .layer_norm import layer_norm, layer_norm_ref, residual_layer_norm, residual_layer_norm_ref
 from .linear import linear, linear_ref
 from .patches import patches, patches_ref
+from .prefix_attention import (
+    attention_misfits,
+    prefix_attention,
+    prefix_attention_config,
+    prefix_attention_obstacles,
+)
 from .residual import gated_residual, gated_residual_norm, gated_residual_norm_ref, gated_residual_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .rope import rotate_and_store, rotate_and_store_ref
+from .row_attention import row_attention, row_attention_ref
+from .row_products import row_geglu, row_geglu_ref, row_parts, row_parts_ref, row_qkv, row_qkv_ref
+from .row_sums import row_sum_norm, row_sum_norm_ref
+from .tiled_geglu import TiledGeglu, geglu_obstacles, tile_geglu, tiled_geglu, tiled_geglu_ref
 from .tuning import AttentionConfig, GemmConfig
 
 __all__ = [
@@ -22,11 +32,13 @@ __all__ = [
     "E4M3_MAX",
     "AttentionConfig",
     "GemmConfig",
+    "TiledGeglu",
     "action_in",
     "action_in_ref",
     "action_out",
     "action_out_ref",
     "attention",
+    "attention_misfits",
     "attention_ref",
     "attention_split",
     "attention_split_ref",
@@ -39,6 +51,7 @@ __all__ = [
     "geglu",
     "geglu_linear",
     "geglu_linear_ref",
+    "geglu_obstacles",
     "geglu_ref",
     "gelu",
     "gelu_ref",
@@ -48,11 +61,27 @@ __all__ = [
     "linear_ref",
     "patches",
     "patches_ref",
+    "prefix_attention",
+    "prefix_attention_config",
+    "prefix_attention_obstacles",
     "residual_layer_norm",
     "residual_layer_norm_ref",
     "rms_norm",
     "rms_norm_ref",
     "rotate_and_store",
     "rotate_and_store_ref",
+    "row_attention",
+    "row_attention_ref",
+    "row_geglu",
+    "row_geglu_ref",
+    "row_parts",
+    "row_parts_ref",
+    "row_qkv",
+    "row_qkv_ref",
+    "row_sum_norm",
+    "row_sum_norm_ref",
     "store_ref",
+    "tile_geglu",
+    "tiled_geglu",
+    "tiled_geglu_ref",
 ]

@@ -38,6 +38,27 @@ class _MissingTriton:
 
 triton: Any = importlib.import_module("triton") if INSTALLED else _MissingTriton()
 tl: Any = importlib.import_module("triton.language") if INSTALLED else _MissingTriton()
+# Statements for NVIDIA's GPUs alone.
+nvidia: Any = importlib.import_module("triton.language.extra.cuda") if INSTALLED else _MissingTriton()
+
+
+def _gluon(name: str) -> Any:
+    """A module of Gluon, in which kernels lay out their memory themselves; it is Triton's from 3.6."""
+    return importlib.import_module(f"triton.experimental.gluon{name}") if GLUON else _MissingTriton()
+
+
+GLUON = INSTALLED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+gluon: Any = _gluon("")
+gl: Any = _gluon(".language")
+hopper: Any = _gluon(".language.nvidia.hopper")
+ampere: Any = _gluon(".language.nvidia.ampere")
+
+
+def gluon_descriptor(tensor: Any, block: list[int]) -> Any:
+    """`host_descriptor` for a Gluon kernel: rows of 128 bytes in shared memory, swizzled. Of a 2-byte dtype."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    module = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    return module.TensorDescriptor.from_tensor(tensor, block, layout)
 
 
 def host_descriptor(tensor: Any, block: list[int]) -> Any:

@@ -18,7 +18,9 @@ LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
+    """Of one call. Rows of queries are of `batch` samples, heads of `head_dim` beside one another."""
+
     batch: int
     rows_per_sample: int
     heads: int
@@ -32,9 +34,10 @@ class _Shape:
         return self.heads // self.kv_heads
 
 
-def _check(
+def check_attention(
     q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, out: Tensor, rows_per_sample: int
-) -> _Shape:
+) -> Shape:
+    """The shape. Raises ValueError where the tensors do not fit each other."""
     if keys.ndim != 4 or keys.shape != values.shape or keys.stride(3) != 1 or values.stride(3) != 1:
         raise ValueError(
             f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected two (B, KV, slots, d) of one shape "
@@ -53,10 +56,10 @@ def _check(
     if samples("q", rows, rows_per_sample) != batch:
         raise ValueError(f"q has {rows} rows of {rows_per_sample} a sample, expected {batch} samples as in keys")
     vector("lengths", lengths, batch, torch.int32)
-    return _Shape(batch, rows_per_sample, width // head_dim, kv_heads, slots, head_dim)
+    return Shape(batch, rows_per_sample, width // head_dim, kv_heads, slots, head_dim)
 
 
-def _check_partial(partial: Tensor, partial_lse: Tensor, shape: _Shape) -> int:
+def check_partial(partial: Tensor, partial_lse: Tensor, shape: Shape) -> int:
     """The number of splits that the buffers hold."""
     rows = shape.batch * shape.rows_per_sample * shape.heads
     expected = (partial.shape[0], rows, shape.head_dim)
@@ -83,7 +86,7 @@ def attention_ref(
     inverse: float = 1.0,
 ) -> None:
     """Twin of `attention`; `config` changes nothing here."""
-    shape = _check(q, keys, values, lengths, out, rows_per_sample)
+    shape = check_attention(q, keys, values, lengths, out, rows_per_sample)
     queries = q.unflatten(0, (shape.batch, rows_per_sample)).unflatten(-1, (shape.heads, shape.head_dim))
     k, v = (t.float().repeat_interleave(shape.group, dim=1) for t in (keys, values))
     logits = queries.float().transpose(1, 2) @ k.transpose(2, 3) * scale
@@ -116,12 +119,12 @@ def attention_split_ref(
     inverse: float = 1.0,
 ) -> None:
     """Twin of `attention_split`; the partial buffers are only checked."""
-    _check_partial(partial, partial_lse, _check(q, keys, values, lengths, out, rows_per_sample))
+    check_partial(partial, partial_lse, check_attention(q, keys, values, lengths, out, rows_per_sample))
     attention_ref(q, keys, values, lengths, out, rows_per_sample, extra, state_token, scale, inverse=inverse)
 
 
 @triton.jit
-def _over_keys(
+def over_keys(
     a,
     k_start,
     v_start,
@@ -194,7 +197,7 @@ def _attention(
     # Said aloud, because a stride such as SigLIP's 72 is no multiple of 16: without it loads are narrow.
     k_start = keys + sample * k_batch + tl.multiple_of(kv_head * k_head, ALIGNED) + dims[None, :]
     v_start = values + sample * v_batch + tl.multiple_of(kv_head * v_head, ALIGNED) + dims[None, :]
-    acc, best, mass = _over_keys(
+    acc, best, mass = over_keys(
         a, k_start, v_start, k_slot, v_slot, begin, end, limit, scale, dims < HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_DIM,
         PRECISION,
     )  # fmt: skip
@@ -252,7 +255,7 @@ def _launch(
     lengths: Tensor | None,
     target: Tensor,
     lse: Tensor | None,
-    shape: _Shape,
+    shape: Shape,
     extra: int,
     state_token: bool,
     scale: float,
@@ -294,7 +297,7 @@ def _launch(
     )
 
 
-def _config(op: str, q: Tensor, shape: _Shape, splits: int) -> AttentionConfig:
+def _config(op: str, q: Tensor, shape: Shape, splits: int) -> AttentionConfig:
     sizes = (shape.rows_per_sample * shape.group, shape.head_dim, shape.kv_heads, splits)
     found = tuned(op, AttentionConfig, q, sizes)
     return found or default_config(shape.rows_per_sample * shape.group, shape.head_dim, q.dtype)
@@ -322,7 +325,7 @@ def attention(
     the logits. `config` None takes the tuned one for this GPU and shape, else a default. `out` in E4M3 holds the result
     times `inverse`, saturated. Raises ValueError where shapes do not fit.
     """
-    shape = _check(q, keys, values, lengths, out, rows_per_sample)
+    shape = check_attention(q, keys, values, lengths, out, rows_per_sample)
     check_inverse(out, inverse)
     config = config or _config("attention", q, shape, 1)
     _launch(q, keys, values, lengths, out, None, shape, extra, state_token, scale, config, inverse)
@@ -348,9 +351,9 @@ def attention_split(
     partial (splits, B*N*H, d) and partial_lse (splits, B*N*H), both float32, are scratch; their first size is the
     number of parts. The order of the sum is fixed. Raises ValueError where shapes do not fit.
     """
-    shape = _check(q, keys, values, lengths, out, rows_per_sample)
+    shape = check_attention(q, keys, values, lengths, out, rows_per_sample)
     check_inverse(out, inverse)
-    splits = _check_partial(partial, partial_lse, shape)
+    splits = check_partial(partial, partial_lse, shape)
     config = config or _config("attention_split", q, shape, splits)
     _launch(q, keys, values, lengths, partial, partial_lse, shape, extra, state_token, scale, config, 1.0)
     _combine[(partial.shape[1],)](

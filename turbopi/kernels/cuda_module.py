@@ -18,6 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+TENSOR_MAP_BYTES = 128
 
 
 def cache_directory() -> Path:
@@ -40,22 +43,22 @@ class CudaModule:
 
     Args:
         source: a `.cu` file without includes, its kernels `extern "C"`.
-        definitions: preprocessor definitions, name to value.
+        definitions: preprocessor definitions, name to a number or to text, put in front of the source.
         device: the GPU.
 
     Raises:
         RuntimeError: `cuda-bindings` is missing, or the source does not compile; holds the compiler's words.
     """
 
-    def __init__(self, source: Path, definitions: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, source: Path, definitions: Mapping[str, int | str], device: torch.device) -> None:
         self._driver, self._nvrtc = _bindings()
         self.device = device
         torch.cuda.current_stream(device).synchronize()  # makes the device's context before the driver is asked
         major, minor = torch.cuda.get_device_capability(device)
         options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
-        options += [f"-D{name}={value}" for name, value in sorted(definitions.items())]
+        text = defined(source, definitions).encode()
         with torch.cuda.device(device):
-            self._module = self._check(self._driver.cuModuleLoadData(self._binary(source.read_bytes(), options)))
+            self._module = self._check(self._driver.cuModuleLoadData(self._binary(text, options)))
         self._functions: dict[str, Any] = {}
 
     def launch(self, name: str, arguments: ctypes.Structure, launch: Launch) -> None:
@@ -63,6 +66,30 @@ class CudaModule:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         function = self._function(name, launch.shared_bytes)
         self._check(self._driver.cuLaunchKernelEx(self._config(launch), function, ctypes.addressof(pointers), 0))
+
+    def tensor_map(self, matrix: Tensor, box_rows: int, box_columns: int) -> bytes:
+        """128 bytes by which TMA copies boxes of a bfloat16 matrix to shared memory, rows swizzled over 128 bytes.
+
+        What lies beyond the last row is zeros. The matrix's address and the distance of its rows are multiples of 16
+        bytes.
+        """
+        driver = self._driver
+        encoded = self._check(
+            driver.cuTensorMapEncodeTiled(
+                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                matrix.data_ptr(),
+                [driver.cuuint64_t(size) for size in (matrix.shape[1], matrix.shape[0])],
+                [driver.cuuint64_t(matrix.stride(0) * matrix.itemsize)],
+                [driver.cuuint32_t(size) for size in (box_columns, box_rows)],
+                [driver.cuuint32_t(1)] * 2,
+                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        )
+        return ctypes.string_at(int(encoded.getPtr()), TENSOR_MAP_BYTES)
 
     def clusters(self, name: str, launch: Launch) -> int:
         """How many clusters of such a launch the device holds at once."""
@@ -126,6 +153,12 @@ class CudaModule:
         return values[0] if values else None
 
 
+def defined(source: Path, definitions: Mapping[str, int | str]) -> str:
+    """The source behind its definitions, its lines counted as in the file."""
+    lines = [f"#define {name} {value}\n" for name, value in sorted(definitions.items())]
+    return "".join(lines) + f'#line 1 "{source.name}"\n' + source.read_text()
+
+
 def can_compile() -> bool:
     """Whether the package that CUDA sources are compiled and launched through is installed."""
     try:
@@ -139,6 +172,5 @@ def _bindings() -> tuple[ModuleType, ModuleType]:
         return import_module("cuda.bindings.driver"), import_module("cuda.bindings.nvrtc")
     except ImportError as error:
         raise RuntimeError(
-            "the CUDA kernel of the denoise loop needs the package cuda-bindings, which PyTorch's CUDA builds bring; "
-            "install it"
+            "the CUDA kernels need the package cuda-bindings, which PyTorch's CUDA builds bring; install it"
         ) from error

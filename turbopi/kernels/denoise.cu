@@ -12,8 +12,11 @@
 //
 // Rounds count layers, and words of four rounds in a row lie apart ("generations"). In round r a CTA makes those words of
 // generation r + 2 EMPTY again that it writes. They hold round r - 2, which everybody has read: round r would not have begun
-// otherwise. A fence follows before the CTA writes x of the next round, or anything if it never writes x; and nobody asks
-// for round r + 2 who has not read that.
+// otherwise. A fence follows, a phase later where it finds the stores done, before the CTA writes x of the next round, or
+// anything if it never writes x; and nobody asks for round r + 2 who has not read that.
+//
+// A round trip to L2 is as long as a phase computes. So whatever does not depend on what a phase waits for is asked for
+// before it waits.
 //
 // Weights do not depend on any phase, so a producer warp copies them in the order of use through a ring in shared memory
 // and never stops for a phase. Prefix keys and values are fetched ahead likewise.
@@ -23,11 +26,15 @@
 // tile. A "unit" is what a CTA computes at once: a tile, for `out` and `down` over half of K (a cluster of two CTAs shares
 // the tile), for `gate_up` GATE tiles.
 //
+// In fp8 weights are E4M3 (`pack_e4m3`), and so are the inputs of products, rounded by whoever makes them: `attended` and
+// `hidden` before they travel, norms on their way into shared memory. Hopper's mma.sync knows no E4M3; f16 holds every E4M3
+// number, so that rows become f16 once, as they enter shared memory, and weights in the registers of who multiplies them.
+//
 // Launched in clusters of two CTAs. All CTAs must be on the GPU at once, for they wait for each other: nothing else that does so may run beside this kernel.
 //
 // Set by the compiler's command line: W expert width, H heads, KV key/value heads, D head size, F MLP width, N suffix rows,
 // A action dims, LAYERS, GATE tiles of a gate_up unit, SPLITS of a head's keys and at most KEYS in each, CTAS, WARPS that
-// compute, SLOTS of the ring, at most IN_FLIGHT of them being filled.
+// compute, SLOTS of the ring, at most IN_FLIGHT of them being filled, FP8 whether products are of E4M3.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -44,6 +51,9 @@ constexpr int CHUNK = 16;              // KB, what the ring moves at once
 constexpr float EPSILON = 1e-6f;
 constexpr u32 EMPTY = 0xffffffff;
 constexpr int GENERATIONS = 4;
+constexpr int TILE_BYTES = FP8 ? 512 : 1024;  // of a step
+constexpr int CHUNK_TILES = CHUNK * 1024 / TILE_BYTES;
+constexpr int PER_WORD = FP8 ? 4 : 2;         // values of a product's input
 
 constexpr int QKV_UNITS = (H + 2 * KV) * D / 16, GATE_UNITS = F / 8 / GATE, PAIRED_UNITS = W / 16 * 2;
 constexpr int GATE_WM = GATE > 1 ? 2 : 1;  // warps along a unit's tiles; the others share K
@@ -80,13 +90,31 @@ struct Arguments {
   const float *in_weights, *in_bias;    // (A, W), (steps, W)
   const float *out_weights, *out_bias;  // (A, W), (A); -1/steps folded in
   u32* mail;                    // (GENERATIONS, Mail::WORDS), EMPTY before
+  const float* scales;          // fp8: (LAYERS, Scales::ROWS), of the sums
+  const float* inverses;        // fp8: (LAYERS, 4), of the inputs
 };
 
-// What CTAs tell each other in one round: two bf16 a word; parts and stats one float.
+// What a layer's sums are multiplied by, rows as they are packed, and before that its inputs, before they are rounded.
+struct Scales {
+  static constexpr int QKV = (H + 2 * KV) * D, ROWS = QKV + 2 * F + 2 * W;
+  const float *qkv, *out, *gate_up, *down, *inverse;
+
+  __device__ Scales(const Arguments& p, int layer) {
+    qkv = p.scales + (u64)layer * ROWS;
+    out = qkv + QKV;
+    gate_up = out + W;
+    down = gate_up + 2 * F;
+    inverse = p.inverses + layer * 4;
+  }
+};
+
+// What CTAs tell each other in one round: two bf16 a word, or four E4M3 where they are a product's input; parts and stats
+// one float. Four E4M3 are never EMPTY: they are rounded to numbers, or to the NaN 0x7f.
 struct Mail {
-  static constexpr int X = N * W / 2, Q = N * H * D / 2, HIDDEN = N * F / 2, NEW = N * KV * D / 2;
+  static constexpr int X = N * W / 2, Q = N * H * D / 2, NEW = N * KV * D / 2;
+  static constexpr int ATTENDED = N * H * D / PER_WORD, HIDDEN = N * F / PER_WORD;
   static constexpr int PARTS_WORDS = H * SPLITS * N * D, STATS = H * SPLITS * N * 2;
-  static constexpr int WORDS = up_to(4, 2 * X + 2 * Q + HIDDEN + 2 * NEW + PARTS_WORDS + STATS);
+  static constexpr int WORDS = up_to(4, 2 * X + Q + ATTENDED + HIDDEN + 2 * NEW + PARTS_WORDS + STATS);
   u32 *x, *middle, *q, *attended, *hidden, *keys, *values, *parts, *stats;
 
   __device__ Mail(u32* base, u32 round) {
@@ -94,7 +122,7 @@ struct Mail {
     middle = x + X;                                 // between attention and MLP
     q = middle + X;
     attended = q + Q;
-    hidden = attended + Q;
+    hidden = attended + ATTENDED;
     keys = hidden + HIDDEN;               // the suffix's
     values = keys + NEW;
     parts = values + NEW;                 // (H, SPLITS, N, D)
@@ -120,6 +148,25 @@ __device__ __forceinline__ u32 narrow2(float first, float second) {
 }
 
 __device__ __forceinline__ u16 narrow(float value) { return (u16)narrow2(value, 0.0f); }
+
+// To E4M3, saturated.
+__device__ __forceinline__ u16 round2(float first, float second) {
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+  return pair;
+}
+
+// Two E4M3 to two f16, exact.
+__device__ __forceinline__ u32 widen2(u16 pair) {
+  u32 wide;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(pair));
+  return wide;
+}
+
+// Eight E4M3 to eight f16.
+__device__ __forceinline__ uint4 widen8(u32 first, u32 second) {
+  return make_uint4(widen2((u16)first), widen2((u16)(first >> 16)), widen2((u16)second), widen2((u16)(second >> 16)));
+}
 
 // All warps that compute.
 __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
@@ -203,13 +250,16 @@ __device__ __forceinline__ void gather(From from, Put put, int items = MOST) {
   }
 }
 
-// Makes rows of mail EMPTY, by all warps but the first; WORDS of each, a multiple of two.
+// Makes rows of mail EMPTY, by all warps but the first; WORDS of each, one or a multiple of two.
 template <int WORDS>
 __device__ __forceinline__ void blank(u32* at, int rows, int stride) {
-  constexpr int PAIRS = WORDS / 2;
+  constexpr int PAIRS = at_least(WORDS / 2, 1);
 #pragma unroll 1
-  for (int i = threadIdx.x - 32; i < rows * PAIRS; i += THREADS - 32)
-    *(uint2*)(at + i / PAIRS * stride + i % PAIRS * 2) = make_uint2(EMPTY, EMPTY);
+  for (int i = threadIdx.x - 32; i < rows * PAIRS; i += THREADS - 32) {
+    u32* word = at + i / PAIRS * stride + i % PAIRS * 2;
+    if constexpr (WORDS == 1) *word = EMPTY;
+    else *(uint2*)word = make_uint2(EMPTY, EMPTY);
+  }
 }
 
 __device__ __forceinline__ void copy16_async(const void* to, const void* from) {
@@ -220,6 +270,12 @@ __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -287,12 +343,12 @@ struct Ring {
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 
-  // By the producer: `kilobytes` from `source`, a chunk at a time, each when its slot is free and all but IN_FLIGHT - 1 of
+  // By the producer: `tiles`, each of one step, from `source`, a chunk at a time, each when its slot is free and all but IN_FLIGHT - 1 of
   // the chunks before have arrived: more at once would queue up in the memory system, and what CTAs tell each other behind.
-  __device__ void fill(const char* source, int kilobytes, Ring& oldest, int& started) {
+  __device__ void fill(const char* source, int tiles, Ring& oldest, int& started) {
 #pragma unroll 1
-    for (int done = 0; done < kilobytes; done += CHUNK) {
-      const u32 bytes = 1024 * (kilobytes - done < CHUNK ? kilobytes - done : CHUNK);
+    for (int done = 0; done < tiles; done += CHUNK_TILES) {
+      const u32 bytes = TILE_BYTES * (tiles - done < CHUNK_TILES ? tiles - done : CHUNK_TILES);
       if (++started > IN_FLIGHT) {
         wait(arrived(oldest.slot), oldest.parity);
         oldest.advance();
@@ -301,7 +357,7 @@ struct Ring {
       expect(arrived(slot), bytes);
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                        shared_address(memory + slot * CHUNK * 1024)),
-                   "l"(source + done * 1024), "r"(bytes), "r"(shared_address(arrived(slot)))
+                   "l"(source + done * TILE_BYTES), "r"(bytes), "r"(shared_address(arrived(slot)))
                    : "memory");
       advance();
     }
@@ -315,15 +371,15 @@ __device__ __forceinline__ void produce(const Arguments& p) {
   for (int step = 0; step < p.steps; ++step)
 #pragma unroll 1
     for (u64 layer = 0; layer < LAYERS; ++layer) {
-      constexpr int QKV_KB = W / 32, OUT_KB = H * D / 64, GATE_KB = GATE * W / 32, DOWN_KB = F / 64;
+      constexpr int QKV = W / 32, OUT = H * D / 64, GATE_UP = GATE * W / 32, DOWN = F / 64;
       for (int u = blockIdx.x; u < QKV_UNITS; u += CTAS)
-        ring.fill(p.qkv + (layer * QKV_UNITS + u) * QKV_KB * 1024, QKV_KB, oldest, started);
+        ring.fill(p.qkv + (layer * QKV_UNITS + u) * QKV * TILE_BYTES, QKV, oldest, started);
       for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS)
-        ring.fill(p.out + (layer * PAIRED_UNITS + u) * OUT_KB * 1024, OUT_KB, oldest, started);
+        ring.fill(p.out + (layer * PAIRED_UNITS + u) * OUT * TILE_BYTES, OUT, oldest, started);
       for (int u = blockIdx.x; u < GATE_UNITS; u += CTAS)
-        ring.fill(p.gate_up + (layer * GATE_UNITS + u) * GATE_KB * 1024, GATE_KB, oldest, started);
+        ring.fill(p.gate_up + (layer * GATE_UNITS + u) * GATE_UP * TILE_BYTES, GATE_UP, oldest, started);
       for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS)
-        ring.fill(p.down + (layer * PAIRED_UNITS + u) * DOWN_KB * 1024, DOWN_KB, oldest, started);
+        ring.fill(p.down + (layer * PAIRED_UNITS + u) * DOWN * TILE_BYTES, DOWN, oldest, started);
     }
 }
 
@@ -336,15 +392,28 @@ __device__ __forceinline__ int place(int token, int column) {
   return token * STEPS * 32 + (STEPS % 2 ? column : column ^ (token & 1) << 5);
 }
 
+// Four words of a product's input. Of eight neighbours in fp8 four begin with the second half of theirs: no bank twice.
+template <int STEPS>
+__device__ __forceinline__ void put(u16* rows, int token, int column, uint4 v) {
+  u16* at = rows + place<STEPS>(token, column);
+  if constexpr (FP8) {
+    const bool second = threadIdx.x & 4;
+    *(uint4*)(at + second * 8) = second ? widen8(v.z, v.w) : widen8(v.x, v.y);
+    *(uint4*)(at + !second * 8) = second ? widen8(v.x, v.y) : widen8(v.z, v.w);
+  } else {
+    *(uint4*)at = v;
+  }
+}
+
 // One unit: TILES x 16 weight rows over STEPS x 32 of K, by WM warps along the tiles and the rest along K, times the rows
 // in shared memory. Leaves partial sums (WK, TILES * 16, SUM_STRIDE) at SUMS_AT.
 template <int TILES, int WM, int STEPS>
 struct Product {
   static constexpr int WK = WARPS / WM, MINE = TILES / WM, ROWS = TILES * 16;
-  static constexpr int PER_CHUNK = CHUNK / TILES;                 // steps
+  static constexpr int PER_CHUNK = CHUNK_TILES / TILES;           // steps
   static constexpr int DEPTH = (PER_CHUNK + WK - 1) / WK;         // of them, for each warp
   static constexpr int BATCH = STEPS % (2 * PER_CHUNK) == 0 ? 2 : 1;  // chunks at a time
-  static_assert(WARPS % WM == 0 && TILES % WM == 0 && CHUNK % TILES == 0, "warps must divide the tiles, and tiles a chunk");
+  static_assert(WARPS % WM == 0 && TILES % WM == 0 && CHUNK_TILES % TILES == 0, "warps must divide the tiles, and tiles a chunk");
 
   static __device__ void multiply(Ring& ring) {
     const u16* rows = (const u16*)(memory + ROWS_AT);
@@ -373,14 +442,22 @@ struct Product {
             const int token = j * 8 + g < N ? j * 8 + g : N - 1;  // columns beyond N are computed and never read
             b[j] = *(const uint4*)(rows + place<STEPS>(token, step * 32 + t * 8));
           }
-          const uint4* tile = (const uint4*)(chunk + (local * TILES + wm * MINE) * 1024) + lane;
+          const uint4* tile = (const uint4*)(chunk + (local * TILES + wm * MINE) * TILE_BYTES) + lane;
 #pragma unroll
           for (int m = 0; m < MINE; ++m) {
-            const uint4 head = tile[m * 64], tail = tile[m * 64 + 32];
+            if constexpr (FP8) {
+              const uint4 codes = tile[m * 32], head = widen8(codes.x, codes.y), tail = widen8(codes.z, codes.w);
 #pragma unroll
-            for (int j = 0; j < GROUPS; ++j) mma(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
+              for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
 #pragma unroll
-            for (int j = 0; j < GROUPS; ++j) mma(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
+              for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
+            } else {
+              const uint4 head = tile[m * 64], tail = tile[m * 64 + 32];
+#pragma unroll
+              for (int j = 0; j < GROUPS; ++j) mma(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
+#pragma unroll
+              for (int j = 0; j < GROUPS; ++j) mma(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
+            }
           }
         }
         next.advance();
@@ -417,18 +494,24 @@ using GateProduct = Product<GATE, GATE_WM, W / 32>;
 
 // ---------------------------------------------------------------- norm
 
-// Root-mean-square norm of x (N, W) with adaRMS scale and shift, bf16 into shared memory. A warp takes a row at a time, a
-// lane its EIGHTS of eight columns.
+// Root-mean-square norm of x (N, W) with adaRMS scale and shift, as a product's input into shared memory. SPAN warps share a
+// row, so that each has the same few columns of all its rows; a lane takes eight columns at once.
 struct Norm {
-  static constexpr int EIGHTS = (W / 8 + 31) / 32;
-  float4 scale[2 * EIGHTS], shift[2 * EIGHTS];
+  static constexpr int EIGHTS = (W / 8 + 31) / 32;  // of a row, for a lane
+  static constexpr int SPAN = EIGHTS % 8 == 0 ? 8 : EIGHTS % 4 == 0 ? 4 : EIGHTS % 2 == 0 ? 2 : 1;
+  static constexpr int MINE = EIGHTS / SPAN;                                      // of a lane's eights
+  static constexpr int APART = WARPS / SPAN, ROUNDS = (N + APART - 1) / APART;  // rows at once; of a warp
+  static_assert(WARPS % SPAN == 0, "whole rows at once");
+  float inverse = 1.0f;
+  float4 scale[2 * MINE], shift[2 * MINE];
 
-  static __device__ int column(int k) { return (k * 32 + (threadIdx.x & 31)) * 8; }
+  static __device__ int column(int k) { return (((threadIdx.x >> 5) % SPAN * MINE + k) * 32 + (threadIdx.x & 31)) * 8; }
 
-  // Fetches the modulation before the rows are there.
-  __device__ explicit Norm(const float* modulation) {
+  // Fetches the modulation before the rows are there, and in fp8 what the input is multiplied by.
+  __device__ Norm(const float* modulation, const float* factor) {
+    if constexpr (FP8) inverse = *factor;
 #pragma unroll
-    for (int k = 0; k < EIGHTS; ++k)
+    for (int k = 0; k < MINE; ++k)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at = column(k) < W ? column(k) + half * 4 : 0;
@@ -439,49 +522,68 @@ struct Norm {
 
   static __device__ float square(u32 pair) { return low(pair) * low(pair) + high(pair) * high(pair); }
 
-  static __device__ u32 modulate(u32 pair, float f, float scale0, float scale1, float shift0, float shift1) {
-    return narrow2(low(pair) * f * (1.0f + scale0) + shift0, high(pair) * f * (1.0f + scale1) + shift1);
+  __device__ u32 modulate(u32 pair, float f, float scale0, float scale1, float shift0, float shift1) const {
+    const float first = low(pair) * f * (1.0f + scale0) + shift0, second = high(pair) * f * (1.0f + scale1) + shift1;
+    return FP8 ? widen2(round2(first * inverse, second * inverse)) : narrow2(first, second);
   }
 
   __device__ void apply(const u32* x) const {
+    static_assert(SPAN == 1 || ROUNDS * APART * SPAN * 32 * 4 <= EXCHANGE_AT - SUMS_AT, "room for every lane's squares");
+    float* squares = (float*)(memory + SUMS_AT);  // (rows, SPAN, 32)
     u16* rows = (u16*)(memory + ROWS_AT);
-    const int warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, group = (threadIdx.x >> 5) / SPAN, part = (threadIdx.x >> 5) % SPAN;
     await<W / 8>(x + (N - 1) * W / 2, 4);  // each CTA wrote eight columns
-    constexpr int MINE = (N + WARPS - 1) / WARPS, AT_ONCE = MINE * EIGHTS <= 8 ? MINE : at_least(8 / EIGHTS, 1);
-#pragma unroll 1
-    for (int first = warp; first < N; first += AT_ONCE * WARPS) {
-      uint4 v[AT_ONCE][EIGHTS];
-      bool all;
-      do {
-        all = true;
+    uint4 v[ROUNDS][MINE];
+    bool all;
+    do {
+      all = true;
 #pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r)
+      for (int r = 0; r < ROUNDS; ++r)
 #pragma unroll
-          for (int k = 0; k < EIGHTS; ++k) {
-            const int row = first + r * WARPS < N ? first + r * WARPS : first;
-            v[r][k] = ask4(x + row * (W / 2) + (column(k) < W ? column(k) : 0) / 2);
-          }
-#pragma unroll
-        for (int r = 0; r < AT_ONCE; ++r)
-#pragma unroll
-          for (int k = 0; k < EIGHTS; ++k) all &= complete(v[r][k]);
-      } while (!__all_sync(0xffffffffu, all));
-#pragma unroll
-      for (int r = 0; r < AT_ONCE; ++r) {
-        const int row = first + r * WARPS;
-        float sum = 0.0f;
-#pragma unroll
-        for (int k = 0; k < EIGHTS; ++k)
-          if (column(k) < W) sum += square(v[r][k].x) + square(v[r][k].y) + square(v[r][k].z) + square(v[r][k].w);
-        const float f = rsqrtf(warp_sum(sum) / W + EPSILON);
-#pragma unroll
-        for (int k = 0; k < EIGHTS; ++k) {
-          if (column(k) >= W || row >= N) continue;
-          const float4 a = scale[2 * k], b = scale[2 * k + 1], c = shift[2 * k], d = shift[2 * k + 1];
-          *(uint4*)(rows + place<W / 32>(row, column(k))) =
-              make_uint4(modulate(v[r][k].x, f, a.x, a.y, c.x, c.y), modulate(v[r][k].y, f, a.z, a.w, c.z, c.w),
-                         modulate(v[r][k].z, f, b.x, b.y, d.x, d.y), modulate(v[r][k].w, f, b.z, b.w, d.z, d.w));
+        for (int k = 0; k < MINE; ++k) {
+          const int row = group + r * APART < N ? group + r * APART : N - 1;
+          v[r][k] = ask4(x + row * (W / 2) + (column(k) < W ? column(k) : 0) / 2);
         }
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r)
+#pragma unroll
+        for (int k = 0; k < MINE; ++k) all &= complete(v[r][k]);
+    } while (!__all_sync(0xffffffffu, all));
+    float f[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int k = 0; k < MINE; ++k)
+        if (column(k) < W) sum += square(v[r][k].x) + square(v[r][k].y) + square(v[r][k].z) + square(v[r][k].w);
+      f[r] = sum;
+    }
+    if constexpr (SPAN > 1) {  // a row's lanes of all warps, in the order of its columns
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) squares[((group + r * APART) * SPAN + part) * 32 + lane] = f[r];
+      sync();
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) {
+        f[r] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < SPAN; ++k) f[r] += squares[((group + r * APART) * SPAN + k) * 32 + lane];
+      }
+    }
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1)
+#pragma unroll
+      for (int r = 0; r < ROUNDS; ++r) f[r] += __shfl_xor_sync(0xffffffffu, f[r], offset);
+#pragma unroll
+    for (int r = 0; r < ROUNDS; ++r) {
+      const int row = group + r * APART;
+      f[r] = rsqrtf(f[r] / W + EPSILON);
+#pragma unroll
+      for (int k = 0; k < MINE; ++k) {
+        if (column(k) >= W || row >= N) continue;
+        const float4 a = scale[2 * k], b = scale[2 * k + 1], c = shift[2 * k], d = shift[2 * k + 1];
+        *(uint4*)(rows + place<W / 32>(row, column(k))) =
+            make_uint4(modulate(v[r][k].x, f[r], a.x, a.y, c.x, c.y), modulate(v[r][k].y, f[r], a.z, a.w, c.z, c.w),
+                       modulate(v[r][k].z, f[r], b.x, b.y, d.x, d.y), modulate(v[r][k].w, f[r], b.z, b.w, d.z, d.w));
       }
     }
     sync();
@@ -510,16 +612,16 @@ struct Share {
   static __device__ u16* v_shared() { return k_shared() + KEYS * K_STRIDE; }
   __device__ int standing() const { return prefix - first < 0 ? 0 : (prefix - first < count ? prefix - first : count); }
 
-  // What stands since prefill, and zeros behind the last key.
+  // What stands since prefill, and zeros behind the last key. By all warps but the first, which asks for queries meanwhile.
   __device__ void fetch_ahead() const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < standing() * (D / 8); i += THREADS) {
+    for (int i = threadIdx.x - 32; i < standing() * (D / 8); i += THREADS - 32) {
       const int row = i / (D / 8), column = i % (D / 8) * 8;
       copy16_async(k_shared() + row * K_STRIDE + column, keys + row * D + column);
       copy16_async(v_shared() + row * V_STRIDE + column, values + row * D + column);
     }
 #pragma unroll 1
-    for (int i = count * V_STRIDE + threadIdx.x; i < tiles * 16 * V_STRIDE; i += THREADS) v_shared()[i] = 0;
+    for (int i = count * V_STRIDE + threadIdx.x - 32; i < tiles * 16 * V_STRIDE; i += THREADS - 32) v_shared()[i] = 0;
   }
 };
 
@@ -531,18 +633,25 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
   float* scores = (float*)(q_shared + N * K_STRIDE);    // (COLUMNS, S_STRIDE)
   u16* weights = (u16*)(scores + COLUMNS * S_STRIDE);   // (COLUMNS, P_STRIDE)
   const int kv = my.head / (H / KV);
-  await<D / 16>(mail.q + ((N - 1) * H + my.head) * (D / 2), 4);
-  constexpr int EIGHTS = D / 8;
-  gather<N * EIGHTS>([&](int i) { return mail.q + (i / EIGHTS * H + my.head) * (D / 2) + i % EIGHTS * 4; },
-                     [&](int i, uint4 v) { *(uint4*)(q_shared + i / EIGHTS * K_STRIDE + i % EIGHTS * 8) = v; });
-  const int standing = my.standing(), token = my.first + standing - my.prefix;  // the suffix's keys and values
-  const auto gather_new = [&](const u32* from, u16* to, int stride) {
-    gather<N * EIGHTS>([&](int i) { return from + ((token + i / EIGHTS) * KV + kv) * (D / 2) + i % EIGHTS * 4; },
-                       [&](int i, uint4 v) { *(uint4*)(to + (standing + i / EIGHTS) * stride + i % EIGHTS * 8) = v; },
-                       (my.count - standing) * EIGHTS);
-  };
-  gather_new(mail.keys, k_shared, K_STRIDE);
-  gather_new(mail.values, v_shared, V_STRIDE);
+  await<D / 16>(mail.q + ((N - 1) * H + my.head) * (D / 2), 4, [&] { my.fetch_ahead(); });
+  // Queries, then the suffix's keys, then its values, all at once.
+  constexpr int EIGHTS = D / 8, OF_Q = N * EIGHTS;
+  const int standing = my.standing(), token = my.first + standing - my.prefix;
+  const int fresh = (my.count - standing) * EIGHTS;
+  gather<3 * OF_Q>(
+      [&](int i) {
+        if (i < OF_Q) return mail.q + (i / EIGHTS * H + my.head) * (D / 2) + i % EIGHTS * 4;
+        const int n = i - OF_Q < fresh ? i - OF_Q : i - OF_Q - fresh;
+        return (i - OF_Q < fresh ? mail.keys : mail.values) + ((token + n / EIGHTS) * KV + kv) * (D / 2) + n % EIGHTS * 4;
+      },
+      [&](int i, uint4 v) {
+        const int n = i - OF_Q < fresh ? i - OF_Q : i - OF_Q - fresh;
+        u16* to = i < OF_Q ? q_shared + i / EIGHTS * K_STRIDE + i % EIGHTS * 8
+                  : i - OF_Q < fresh ? k_shared + (standing + n / EIGHTS) * K_STRIDE + n % EIGHTS * 8
+                                     : v_shared + (standing + n / EIGHTS) * V_STRIDE + n % EIGHTS * 8;
+        *(uint4*)to = v;
+      },
+      OF_Q + 2 * fresh);
   wait_copies();
   sync();
 #pragma unroll 1
@@ -623,41 +732,55 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
 }
 
 // Add up what a head's CTAs found, each by how much it weighs. A CTA has DIMS of the head's dims.
-__device__ __forceinline__ void combine(const Share& my, const Mail& mail) {
+__device__ __forceinline__ void combine(const Share& my, const Mail& mail, const Scales& scales) {
+  const float inverse = FP8 ? scales.inverse[1] : 1.0f;
   float* shares = (float*)(memory + SUMS_AT);  // (SPLITS, N), how much each CTA's part weighs
   float* pieces = (float*)(memory + ROWS_AT);  // (SPLITS, N, DIMS)
   const u32* parts = mail.parts + my.head * SPLITS * N * D + my.rank * DIMS;
   await<SPLITS>(mail.parts + (my.head * SPLITS * N + N - 1) * D + D - 1, N * D);
   constexpr int FOURS = DIMS / 4;
+  static_assert(N * SPLITS <= THREADS, "SPLITS lanes a token");
+  const int i = threadIdx.x, of = i / SPLITS < N ? i / SPLITS : N - 1, r = i % SPLITS;
+  const u32* stats = mail.stats + ((my.head * SPLITS + r) * N + of) * 2;
+  const bool weighs = !warp_beyond(N * SPLITS);
+  u32 top_word = EMPTY, sum_word = EMPTY;
+  if (weighs) top_word = ask(stats), sum_word = ask(stats + 1);  // with the parts, not after them
   gather<SPLITS * N * FOURS>([&](int i) { return parts + i / FOURS * D + i % FOURS * 4; },
                              [&](int i, uint4 v) { *(uint4*)(pieces + i * 4) = v; });
-#pragma unroll 1
-  for (int i = threadIdx.x; i < up_to(32, N * SPLITS); i += THREADS) {  // SPLITS lanes a token
-    const int of = i / SPLITS < N ? i / SPLITS : N - 1, r = i % SPLITS;
-    const u32* stats = mail.stats + ((my.head * SPLITS + r) * N + of) * 2;
-    const float mine = __uint_as_float(read(stats)), weighs = __uint_as_float(read(stats + 1));
+  if (weighs) {
+    if (top_word == EMPTY) top_word = read(stats);
+    if (sum_word == EMPTY) sum_word = read(stats + 1);
     __syncwarp();
+    const float mine = __uint_as_float(top_word);
     float top = mine;
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const float weight = __expf(mine - top);
-    float sum = weight * weighs;
+    float sum = weight * __uint_as_float(sum_word);
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (i / SPLITS < N) shares[r * N + of] = weight / sum;
   }
   sync();
 #pragma unroll 1
-  for (int i = threadIdx.x; i < N * DIMS / 2; i += THREADS) {
-    const int token = i / (DIMS / 2), dim = i % (DIMS / 2) * 2;
-    float2 sum = make_float2(0, 0);
+  for (int i = threadIdx.x; i < N * DIMS / PER_WORD; i += THREADS) {
+    const int token = i / (DIMS / PER_WORD), dim = i % (DIMS / PER_WORD) * PER_WORD;
+    float2 sum[PER_WORD / 2] = {};
 #pragma unroll
     for (int r = 0; r < SPLITS; ++r) {
       const float share = shares[r * N + token];
-      const float2 piece = *(const float2*)(pieces + (r * N + token) * DIMS + dim);
-      sum.x += share * piece.x, sum.y += share * piece.y;
+#pragma unroll
+      for (int k = 0; k < PER_WORD / 2; ++k) {
+        const float2 piece = *(const float2*)(pieces + (r * N + token) * DIMS + dim + k * 2);
+        sum[k].x += share * piece.x, sum[k].y += share * piece.y;
+      }
     }
-    tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / 2, narrow2(sum.x, sum.y));
+    u32 word;
+    if constexpr (FP8)
+      word = round2(sum[0].x * inverse, sum[0].y * inverse) | (u32)round2(sum[1].x * inverse, sum[1].y * inverse) << 16;
+    else
+      word = narrow2(sum[0].x, sum[0].y);
+    tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / PER_WORD, word);
   }
 }
 
@@ -666,12 +789,13 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail) {
 // Where a thread's pair of a qkv tile goes: 8 dims of a head's first half, and their rotary partners in the second half.
 struct HeadPair {
   int token = threadIdx.x / 8, row = threadIdx.x % 8;
-  float cosine = 1.0f, sine = 0.0f;
+  float cosine = 1.0f, sine = 0.0f, scale = 1.0f, partners_scale = 1.0f;
   u32* to;
 
-  // Looks everything up before the product is there.
-  __device__ HeadPair(const Arguments& p, const Mail& mail, int unit, int prefix) {
-    if (threadIdx.x >= 8 * N) return;
+  // Looks everything up before the product is there. `scales` are those of qkv.
+  __device__ HeadPair(const Arguments& p, const Mail& mail, int unit, int prefix, const float* scales) {
+    if (threadIdx.x >= 8 * N || unit >= QKV_UNITS) return;
+    if constexpr (FP8) scale = scales[unit * 16 + row], partners_scale = scales[unit * 16 + 8 + row];
     const int head = unit / (D / 16), dim = unit % (D / 16) * 8 + row, position = prefix + token;
     if (head < H + KV) cosine = p.cosines[position * (D / 2) + dim], sine = p.sines[position * (D / 2) + dim];
     to = head < H ? mail.q + (token * H + head) * (D / 2)
@@ -683,7 +807,7 @@ struct HeadPair {
     using P = Product<1, 1, W / 32>;
     if (warp_beyond(8 * N)) return;
     const int safe = token < N ? token : N - 1;
-    const float a = P::sum(row, safe), b = P::sum(row + 8, safe);
+    const float a = P::sum(row, safe) * scale, b = P::sum(row + 8, safe) * partners_scale;
     const float first = a * cosine - b * sine, second = b * cosine + a * sine;
     const float first_next = __shfl_down_sync(0xffffffffu, first, 1), second_next = __shfl_down_sync(0xffffffffu, second, 1);
     if (row % 2 || token >= N) return;
@@ -692,36 +816,73 @@ struct HeadPair {
   }
 };
 
-// Rows of a tile: 8 of gate, then the same 8 of up.
-__device__ __forceinline__ void store_hidden(const Mail& mail, int unit) {
+// A gate_up unit behind its product. Rows of a tile: 8 of gate, then the same 8 of up.
+struct Hidden {
   using P = GateProduct;
-  constexpr int OUT = GATE * 8;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < OUT / 2 * N; i += THREADS) {
-    const int token = i % N, pair = i / N * 2, row = pair / 8 * 16 + pair % 8;
-    const float first = gelu(P::sum(row, token)) * P::sum(row + 8, token);
-    const float second = gelu(P::sum(row + 1, token)) * P::sum(row + 9, token);
-    tell(mail.hidden + (token * F + unit * OUT + pair) / 2, narrow2(first, second));
+  static constexpr int OUT = GATE * 8, PAIRS = OUT / 2 * N;
+  float gate_scale[2], up_scale[2], inverse;
+
+  static __device__ int row(int column) { return column / 8 * 16 + column % 8; }
+
+  // In fp8 a thread has two columns of a token, and two neighbours make a word.
+  static __device__ int token(int i) { return i / 2 % N; }
+  static __device__ int column(int i) { return i / (2 * N) * 4 + i % 2 * 2; }
+
+  // Looks the scales up before the product is there.
+  __device__ Hidden(const Scales& scales, int unit) {
+    if constexpr (FP8) {
+      inverse = scales.inverse[3];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int i = threadIdx.x;
+        const float* scale = scales.gate_up + unit * GATE * 16 + (i < PAIRS ? row(column(i)) : 0) + e;
+        gate_scale[e] = scale[0], up_scale[e] = scale[8];
+      }
+    }
   }
-}
+
+  __device__ void store(const Mail& mail, int unit) const {
+    if constexpr (FP8) {
+      static_assert(PAIRS <= THREADS, "a pair a thread");
+      const int i = threadIdx.x < PAIRS ? threadIdx.x : 0, at = row(column(i));
+      if (!warp_beyond(PAIRS)) {
+        const float first = gelu(P::sum(at, token(i)) * gate_scale[0]) * (P::sum(at + 8, token(i)) * up_scale[0]) * inverse;
+        const float second = gelu(P::sum(at + 1, token(i)) * gate_scale[1]) * (P::sum(at + 9, token(i)) * up_scale[1]) * inverse;
+        const u32 mine = round2(first, second), next = __shfl_down_sync(0xffffffffu, mine, 1);
+        if (threadIdx.x < PAIRS && i % 2 == 0)
+          tell(mail.hidden + (token(i) * F + unit * OUT + column(i)) / 4, mine | next << 16);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
+        const int token = i % N, pair = i / N * 2, at = row(pair);
+        const float first = gelu(P::sum(at, token)) * P::sum(at + 8, token);
+        const float second = gelu(P::sum(at + 1, token)) * P::sum(at + 9, token);
+        tell(mail.hidden + (token * F + unit * OUT + pair) / 2, narrow2(first, second));
+      }
+    }
+  }
+};
 
 // to = x + gate * (input @ weights^T), for `out` and `down`. Each CTA of a pair takes half of K, and in the end half of the
-// rows. Of the input, a CTA wrote WRITTEN columns.
+// rows. Of the input, a CTA wrote WRITTEN columns. In fp8 gate * scale for gate.
 template <int K, int WRITTEN, class Work>
-__device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* input, const u32* x, const float* gate, u32* to,
-                                        Work meanwhile) {
-  constexpr int EIGHTS = K / 2 / 8;
+__device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* input, const u32* x, const float* gate, const float* scale,
+                                        u32* to, Work meanwhile) {
+  constexpr int ITEMS = K / 2 / (4 * PER_WORD);
   using P = Product<1, 1, K / 64>;
   u16* rows = (u16*)(memory + ROWS_AT);
   float* exchange = (float*)(memory + EXCHANGE_AT);  // (2, 8, COLUMNS), from each CTA of the pair
   u64* exchanged = Ring::arrived(2 * SLOTS);
   const int half = blockIdx.x & 1, row = threadIdx.x % 8, token = threadIdx.x / 8, column = blockIdx.x * 8 + row;
-  const float factor = gate[column];
-  const u32* from = input + half * (K / 4);
-  await<K / 2 / WRITTEN>(from + (N - 1) * (K / 2), WRITTEN / 2, meanwhile);
-  gather<N * EIGHTS>([&](int i) { return from + i / EIGHTS * (K / 2) + i % EIGHTS * 4; },
-                     [&](int i, uint4 v) { *(uint4*)(rows + place<K / 64>(i / EIGHTS, i % EIGHTS * 8)) = v; });
-  const u32 before = token < N ? read(x + (token * W + column) / 2) : 0;
+  const float factor = FP8 ? gate[column] * scale[column] : gate[column];
+  const u32* from = input + half * (K / 2 / PER_WORD);
+  const u32* at_x = x + ((token < N ? token : 0) * W + column) / 2;
+  u32 before = ask(at_x);  // written a phase or more ago
+  await<K / 2 / WRITTEN>(from + (N - 1) * (K / PER_WORD), WRITTEN / PER_WORD, meanwhile);
+  gather<N * ITEMS>([&](int i) { return from + i / ITEMS * (K / PER_WORD) + i % ITEMS * 4; },
+                    [&](int i, uint4 v) { put<K / 64>(rows, i / ITEMS, i % ITEMS * 4 * PER_WORD, v); });
+  if (before == EMPTY) before = read(at_x);
   sync();
   P::multiply(ring);
   if (threadIdx.x == 0) expect(exchanged, 8 * N * 4);
@@ -761,13 +922,13 @@ __device__ __forceinline__ void empty(const Mail& old) {
     blank<4>(to + at + D / 4, N, stride);
   }
 #pragma unroll 1
-  for (int unit = cta; unit < GATE_UNITS; unit += CTAS) blank<GATE * 4>(old.hidden + unit * GATE * 4, N, F / 2);
+  for (int unit = cta; unit < GATE_UNITS; unit += CTAS)
+    blank<GATE * 8 / PER_WORD>(old.hidden + unit * (GATE * 8 / PER_WORD), N, F / PER_WORD);
   if (cta < H * SPLITS) {
-    blank<DIMS / 2>(old.attended + (cta / SPLITS * D + cta % SPLITS * DIMS) / 2, N, H * D / 2);
+    blank<DIMS / PER_WORD>(old.attended + (cta / SPLITS * D + cta % SPLITS * DIMS) / PER_WORD, N, H * D / PER_WORD);
     blank<N * D>(old.parts + cta * N * D, 1, 0);
     blank<N * 2>(old.stats + cta * N * 2, 1, 0);
   }
-  __threadfence();
 }
 
 // x_t (A) float32 -> a suffix row.
@@ -775,7 +936,7 @@ __device__ __forceinline__ void embed(const float* action, const float* weights,
 #pragma unroll 1
   for (int i = threadIdx.x * 2; i < W; i += THREADS * 2) {
     float2 value = *(const float2*)(bias + i);
-#pragma unroll 16
+#pragma unroll 32
     for (int a = 0; a < A; ++a) {
       const float2 w = *(const float2*)(weights + a * W + i);
       value.x += action[a] * w.x, value.y += action[a] * w.y;
@@ -784,16 +945,40 @@ __device__ __forceinline__ void embed(const float* action, const float* weights,
   }
 }
 
-// Final norm, velocity, Euler update and the next step's row, for the token of this CTA.
+// Brings `count` floats to L2, by all warps.
+__device__ __forceinline__ void prefetch(const float* from, int count) {
+#pragma unroll 4
+  for (int i = threadIdx.x * 32; i < count; i += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
+
+// Final norm, velocity, Euler update and the next step's row, for the token of this CTA. Whatever does not depend on x is
+// asked for before x is there.
 __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* next_x, int step) {
   __shared__ __align__(16) float normed[W];
   __shared__ float action[A], squares[WARPS];
+  constexpr int MINE = (W + THREADS - 1) / THREADS, EACH = (A + WARPS - 1) / WARPS;  // columns of a thread, outputs of a warp
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.x;
   const float* modulation = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * LAYERS) * 3 * W;
+  prefetch(p.out_weights, A * W);
+  float scale[MINE], shift[MINE], before[EACH], bias[EACH];
+#pragma unroll
+  for (int k = 0; k < MINE; ++k) {
+    const int i = threadIdx.x + k * THREADS < W ? threadIdx.x + k * THREADS : 0;
+    scale[k] = modulation[i], shift[k] = modulation[W + i];
+  }
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int a = warp + k * WARPS < A ? warp + k * WARPS : A - 1;
+    before[k] = p.x_t[token * A + a], bias[k] = p.out_bias[a];
+  }
+  if (step + 1 < p.steps) prefetch(p.in_weights, A * W), prefetch(p.in_bias + (step + 1) * W, W);
   float sum = 0.0f;
 #pragma unroll 1
   for (int i = threadIdx.x * 4; i < W; i += THREADS * 4) {
-    const u32 first = read(x + (token * W + i) / 2), second = read(x + (token * W + i) / 2 + 1);
+    const u32* words = x + (token * W + i) / 2;
+    u32 first = ask(words), second = ask(words + 1);
+    if (first == EMPTY) first = read(words);
+    if (second == EMPTY) second = read(words + 1);
     const float4 f = make_float4(low(first), high(first), low(second), high(second));
     *(float4*)(normed + i) = f;
     sum += f.x * f.x + f.y * f.y + f.z * f.z + f.w * f.w;
@@ -805,12 +990,14 @@ __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* ne
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) sum += squares[w];
   const float factor = rsqrtf(sum / W + EPSILON);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < W; i += THREADS) normed[i] = normed[i] * factor * (1.0f + modulation[i]) + modulation[W + i];
+#pragma unroll
+  for (int k = 0; k < MINE; ++k) {
+    const int i = threadIdx.x + k * THREADS;
+    if (i < W) normed[i] = normed[i] * factor * (1.0f + scale[k]) + shift[k];
+  }
   sync();
-  constexpr int EACH = (A + WARPS - 1) / WARPS;  // outputs of a warp
   float values[EACH] = {};
-#pragma unroll 4
+#pragma unroll 16
   for (int i = lane; i < W; i += 32)
 #pragma unroll
     for (int k = 0; k < EACH; ++k) values[k] += normed[i] * p.out_weights[(warp + k * WARPS < A ? warp + k * WARPS : A - 1) * W + i];
@@ -819,7 +1006,7 @@ __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* ne
     const float value = warp_sum(values[k]);
     const int a = warp + k * WARPS;
     if (lane == 0 && a < A) {
-      action[a] = p.x_t[token * A + a] + value + p.out_bias[a];
+      action[a] = before[k] + value + bias[k];
       p.x_t[token * A + a] = action[a];
     }
   }
@@ -838,42 +1025,46 @@ __device__ __forceinline__ void compute(const Arguments& p) {
       const float* modulation = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * layer) * 3 * W;
       const Mail mail(p.mail, round), next(p.mail, round + 1), old(p.mail, round + 2);
       const Share my(p, layer);
-      if (blockIdx.x >= PAIRED_UNITS && threadIdx.x >= 32) empty(old);
-      if (blockIdx.x < QKV_UNITS) Norm(modulation).apply(mail.x);
+      const Scales scales(p, layer);
+      if (blockIdx.x >= PAIRED_UNITS && threadIdx.x >= 32) empty(old), __threadfence();
+      HeadPair pair(p, mail, blockIdx.x, my.prefix, scales.qkv);
+      if (blockIdx.x < QKV_UNITS) Norm(modulation, scales.inverse).apply(mail.x);
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < QKV_UNITS; unit += CTAS) {
         if (unit > blockIdx.x) sync();
-        const HeadPair pair(p, mail, unit, my.prefix);
+        const HeadPair now = pair;
+        if (unit + CTAS < QKV_UNITS) pair = HeadPair(p, mail, unit + CTAS, my.prefix, scales.qkv);
         Product<1, 1, W / 32>::multiply(ring);
-        if (unit + CTAS >= QKV_UNITS && blockIdx.x < H * SPLITS) my.fetch_ahead();
-        pair.store();
+        now.store();
       }
       if (blockIdx.x < H * SPLITS) {
-        if (blockIdx.x >= QKV_UNITS) my.fetch_ahead();
         sync();
         attend(my, mail);
-        combine(my, mail);
+        combine(my, mail, scales);
       }
       sync();
       if (blockIdx.x < PAIRED_UNITS)
-        project<H * D, DIMS>(ring, parity, mail.attended, mail.x, modulation + 2 * W, mail.middle, [] {});
+        project<H * D, DIMS>(ring, parity, mail.attended, mail.x, modulation + 2 * W, scales.out, mail.middle,
+                             [&] { empty(old); });
       sync();
-      if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W).apply(mail.middle);
+      if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W, scales.inverse + 2).apply(mail.middle);
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < GATE_UNITS; unit += CTAS) {
         if (unit > blockIdx.x) sync();
+        const Hidden hidden(scales, unit);
         GateProduct::multiply(ring);
-        store_hidden(mail, unit);
+        hidden.store(mail, unit);
       }
       sync();
       if (blockIdx.x < PAIRED_UNITS)
-        project<F, GATE * 8>(ring, parity, mail.hidden, mail.middle, modulation + 5 * W, next.x, [&] { empty(old); });
+        project<F, GATE * 8>(ring, parity, mail.hidden, mail.middle, modulation + 5 * W, scales.down, next.x,
+                             [] { __threadfence(); });
       sync();
     }
     // A round of its own: the layer that ended wrote x of this round, and some may still be reading it.
     const u32* x = Mail(p.mail, round).x;
     if (blockIdx.x < N) finish(p, x, Mail(p.mail, round + 1).x, step);
-    await<W / 8>(x + (N - 1) * W / 2, 4, [&] { empty(Mail(p.mail, round + 2)); });
+    await<W / 8>(x + (N - 1) * W / 2, 4, [&] { empty(Mail(p.mail, round + 2)), __threadfence(); });
     ++round;
     sync();
   }

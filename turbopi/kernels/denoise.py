@@ -1,7 +1,7 @@
 """The kernel of `denoise.cu`, the whole denoise loop in one launch: packing, launching, and its plain-torch twin.
 
-For one observation of π0.5 with at most 16 suffix rows, in bfloat16, on GPUs of compute capability 9.0 or more. What
-led to this form, and what it is worth, is in docs/performance.md.
+For one observation of π0.5 with at most 16 suffix rows, on GPUs of compute capability 9.0 or more, in bfloat16, or with
+products of E4M3 by E4M3. What led to this form, and what it is worth, is in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cuda_module import CudaModule, Launch
+from .denoise_fp8 import ScaledMatrix, pack_e4m3
 
 SOURCE = Path(__file__).with_name("denoise.cu")
 MAX_ROWS = 16
@@ -100,14 +101,18 @@ def gate_order(shape: Shape) -> Tensor:
     return torch.arange(2 * shape.mlp_dim).reshape(2, -1, 8).transpose(0, 1).flatten()
 
 
+Matrix = Tensor | ScaledMatrix
+"""bfloat16, or E4M3."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer's weights, bfloat16, rows by columns: qkv (heads, then keys, then values), out, gate_up, down."""
+    """One layer's weights, rows by columns: qkv (heads, then keys, then values), out, gate_up, down."""
 
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +146,7 @@ class Cache:
 
 _POINTERS = (
     "modulation", "qkv", "out", "gate_up", "down", "cosines", "sines", "length", "keys", "values", "x_t", "in_weights",
-    "in_bias", "out_weights", "out_bias", "mail",
+    "in_bias", "out_weights", "out_bias", "mail", "scales", "inverses",
 )  # fmt: skip
 
 
@@ -160,6 +165,7 @@ class Plan:
         keys: of a split, at most.
         slots: of the ring.
         in_flight: chunks of weights that a CTA asks memory for at once.
+        fp8: products of E4M3 by E4M3.
     """
 
     shape: Shape
@@ -168,9 +174,10 @@ class Plan:
     keys: int
     slots: int
     in_flight: int
+    fp8: bool = False
 
     @staticmethod
-    def fit(shape: Shape, properties: Any, in_flight: int = IN_FLIGHT) -> Plan:
+    def fit(shape: Shape, properties: Any, in_flight: int = IN_FLIGHT, fp8: bool = False) -> Plan:
         """The plan for a device. Raises ValueError where the device is too small."""
         most = properties.multi_processor_count // PAIR * PAIR
         splits = _power_of_two(min(most // shape.heads, shape.head_dim // 4, 16))
@@ -186,7 +193,7 @@ class Plan:
                 f"{properties.multi_processor_count}"
             )
         keys = _up_to(16, math.ceil(math.ceil(shape.longest / splits) / 8) * 8)
-        plan = Plan(shape, ctas, splits, keys, 0, in_flight)
+        plan = Plan(shape, ctas, splits, keys, 0, in_flight, fp8)
         slots = min(16, (_shared_memory(properties) - STATIC_BYTES - plan.shared_bytes) // CHUNK_BYTES)
         if slots < 2:
             raise ValueError(
@@ -202,7 +209,7 @@ class Plan:
             "W": shape.width, "H": shape.heads, "KV": shape.kv_heads, "D": shape.head_dim, "F": shape.mlp_dim,
             "N": shape.rows, "A": shape.action_dim, "LAYERS": shape.depth, "GATE": GATE_TILES, "KEYS": self.keys,
             "SPLITS": self.splits, "CTAS": self.ctas, "WARPS": WARPS, "SLOTS": self.slots,
-            "IN_FLIGHT": self.in_flight,
+            "IN_FLIGHT": self.in_flight, "FP8": int(self.fp8),
         }  # fmt: skip
 
     @property
@@ -215,7 +222,8 @@ class Plan:
         """Words of 4 bytes that CTAs tell each other in one round."""
         shape = self.shape
         inner = shape.heads * shape.head_dim
-        words = shape.rows * (shape.width + inner + shape.mlp_dim // 2 + shape.kv_heads * shape.head_dim)
+        inputs = (inner + shape.mlp_dim) // (4 if self.fp8 else 2)  # of `out` and `down`
+        words = shape.rows * (shape.width + inner // 2 + inputs + shape.kv_heads * shape.head_dim)
         return _up_to(4, words + shape.heads * self.splits * shape.rows * (shape.head_dim + 2))
 
     @property
@@ -233,43 +241,76 @@ class Plan:
         return sum(_up_to(128, part) for part in parts) + self.slots * CHUNK_BYTES + 1024
 
 
+def in_e4m3(layers: Sequence[Layer]) -> bool:
+    """Whether all matrices are E4M3; raises ValueError if only some of them are."""
+    found = {isinstance(getattr(layer, f.name), ScaledMatrix) for layer in layers for f in fields(layer)}
+    if len(found) > 1:
+        raise ValueError("the denoise kernel takes matrices in bfloat16 or in E4M3, not some of each")
+    return found == {True}
+
+
+def packed(shape: Shape, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """What the kernel reads of the weights, by the names of its arguments: the matrices, and in E4M3 their scales.
+
+    `scales` (depth, rows of qkv, out, gate_up, down as they are packed) and `inverses` (depth, 4), float32.
+    """
+    fp8, device = in_e4m3(layers), layers[0].out.device
+    orders = {"qkv": qkv_order(shape).to(device), "gate_up": gate_order(shape).to(device)}
+    units = {"qkv": (1, 1), "out": (1, PAIR), "gate_up": (GATE_TILES, 1), "down": (1, PAIR)}
+    found = {
+        name: torch.stack([_pack(getattr(layer, name), orders.get(name), *unit) for layer in layers])
+        for name, unit in units.items()
+    }
+    if fp8:
+        scales = ([_in_order(getattr(layer, name).scale, orders.get(name)) for name in units] for layer in layers)
+        found["scales"] = torch.stack([torch.cat(of_layer) for of_layer in scales])
+        inverses = [[getattr(layer, name).inverse for name in units] for layer in layers]
+        found["inverses"] = torch.tensor(inverses, dtype=torch.float32, device=device)
+    return found
+
+
+def _in_order(rows: Tensor, order: Tensor | None) -> Tensor:
+    return rows if order is None else rows[order]
+
+
+def _pack(matrix: Matrix, order: Tensor | None, tiles: int, parts: int) -> Tensor:
+    if not isinstance(matrix, ScaledMatrix):
+        return pack(_in_order(matrix, order), tiles, parts)
+    codes = _in_order(matrix.values.view(torch.uint8), order)  # indexing knows no float8
+    return pack_e4m3(codes.view(matrix.values.dtype), tiles, parts)
+
+
 class DenoiseKernel:
     """The compiled kernel with packed weights and scratch memory, for one shape on one device.
 
     Its CTAs wait for each other and take the whole GPU: never run two at a time, on different streams of one process.
 
     Raises:
-        ValueError: the device is too small for the shape.
+        ValueError: the device is too small for the shape, or some matrices are E4M3 and some are not.
         RuntimeError: the kernel does not compile here.
     """
 
     def __init__(self, shape: Shape, layers: Sequence[Layer], device: torch.device, in_flight: int = IN_FLIGHT) -> None:
         self.shape, self.device = shape, device
+        fp8 = in_e4m3(layers)
         properties = torch.cuda.get_device_properties(device)
-        self._plan = plan = Plan.fit(shape, properties, in_flight)
+        self._plan = plan = Plan.fit(shape, properties, in_flight, fp8)
         self._module = CudaModule(SOURCE, plan.definitions, device)
         if self._module.clusters("denoise", plan.launch) * PAIR < plan.ctas:
             raise ValueError(f"{properties.name} does not hold {plan.ctas} CTAs of the denoise kernel at once")
-        qkv_rows, gate_rows = (order(shape).to(device) for order in (qkv_order, gate_order))
-        self._weights = {
-            "qkv": torch.stack([pack(layer.qkv[qkv_rows], 1) for layer in layers]),
-            "out": torch.stack([pack(layer.out, 1, PAIR) for layer in layers]),
-            "gate_up": torch.stack([pack(layer.gate_up[gate_rows], GATE_TILES) for layer in layers]),
-            "down": torch.stack([pack(layer.down, 1, PAIR) for layer in layers]),
-        }
-        self._mail = torch.empty(GENERATIONS, plan.mail_words, dtype=torch.int32, device=device)
+        self._tensors = packed(shape, layers)
+        self._tensors["mail"] = torch.empty(GENERATIONS, plan.mail_words, dtype=torch.int32, device=device)
 
     def run(self, schedule: Schedule, cache: Cache, x_t: Tensor) -> None:
         """All steps: x_t (rows, action_dim) float32 goes from noise to actions. Twin: `denoise_ref`.
 
         All tensors contiguous. Only launches: nothing is allocated or waited for.
         """
-        self._mail.fill_(EMPTY)  # so that no word of an earlier run passes for one of this
-        tensors = self._weights | {"mail": self._mail, "x_t": x_t}
+        self._tensors["mail"].fill_(EMPTY)  # so that no word of an earlier run passes for one of this
+        tensors = self._tensors | {"x_t": x_t}
         tensors |= {f.name: getattr(part, f.name) for part in (schedule, cache) for f in fields(part)}
-        arguments = _Arguments(
-            schedule.modulation.shape[0], cache.keys.shape[-2], *(tensors[name].data_ptr() for name in _POINTERS)
-        )
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        arguments = _Arguments(schedule.modulation.shape[0], cache.keys.shape[-2], *map(pointers.get, _POINTERS))
         self._module.launch("denoise", arguments, self._plan.launch)
 
 
@@ -292,13 +333,16 @@ def _norm(x: Tensor, modulation: Tensor) -> Tensor:
     return normed * (1 + modulation[0]) + modulation[1]
 
 
+def _product(x: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+    """x (N,K) float32, rounded as this product's input is, by the matrix (rows,K) -> (N,rows) float32."""
+    return matrix.product(x) if isinstance(matrix, ScaledMatrix) else x.to(dtype).float() @ matrix.float().T
+
+
 def _layer_ref(layer: Layer, index: int, modulation: Tensor, cache: Cache, x: Tensor) -> Tensor:
     """One layer on x (rows,width), rounding to x's dtype where the kernel does."""
     keys, values, start = cache.keys[index], cache.values[index], int(cache.length)
     rows, dtype, (kv, _, head_dim) = x.shape[0], x.dtype, keys.shape
-    heads = (
-        (_norm(x, modulation[0]).to(dtype).float() @ layer.qkv.float().T).unflatten(-1, (-1, head_dim)).transpose(0, 1)
-    )
+    heads = _product(_norm(x, modulation[0]), layer.qkv, dtype).unflatten(-1, (-1, head_dim)).transpose(0, 1)
     c, s = (t[start : start + rows] for t in (cache.cosines, cache.sines))
     first, second = heads[:-kv].chunk(2, dim=-1)
     rotated = torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(dtype)
@@ -306,11 +350,11 @@ def _layer_ref(layer: Layer, index: int, modulation: Tensor, cache: Cache, x: Te
     values[:, start : start + rows] = heads[-kv:].to(dtype)
     q = rotated[:-kv].float()
     k, v = (t[:, : start + rows].float().repeat_interleave(len(q) // kv, dim=0) for t in (keys, values))
-    attended = ((q @ k.transpose(1, 2)).softmax(dim=-1) @ v).transpose(0, 1).flatten(1).to(dtype).float()
-    x = (x.float() + attended @ layer.out.float().T * modulation[0, 2]).to(dtype)
-    gate, up = (_norm(x, modulation[1]).to(dtype).float() @ layer.gate_up.float().T).chunk(2, dim=-1)
-    hidden = (F.gelu(gate, approximate="tanh") * up).to(dtype).float()
-    return (x.float() + hidden @ layer.down.float().T * modulation[1, 2]).to(dtype)
+    attended = ((q @ k.transpose(1, 2)).softmax(dim=-1) @ v).transpose(0, 1).flatten(1)
+    x = (x.float() + _product(attended, layer.out, dtype) * modulation[0, 2]).to(dtype)
+    gate, up = _product(_norm(x, modulation[1]), layer.gate_up, dtype).chunk(2, dim=-1)
+    hidden = F.gelu(gate, approximate="tanh") * up
+    return (x.float() + _product(hidden, layer.down, dtype) * modulation[1, 2]).to(dtype)
 
 
 def denoise_ref(layers: Sequence[Layer], schedule: Schedule, cache: Cache, x_t: Tensor) -> None:

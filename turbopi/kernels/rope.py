@@ -10,8 +10,9 @@ from ._common import cdiv, dense, matrix, next_power_of_2, samples, vector
 from ._triton import tl, triton
 
 
-def _check(
-    qkv: Tensor,
+def check_rotation(
+    rows: int,
+    width: int,
     cos: Tensor,
     sin: Tensor,
     first: Tensor,
@@ -20,17 +21,18 @@ def _check(
     values: Tensor,
     rows_per_sample: int,
 ) -> tuple[int, int, int]:
-    """Samples, query heads and head_dim."""
+    """Samples, query heads and head_dim, for a (rows, width) product of queries, keys and values."""
     if keys.ndim != 4 or keys.shape != values.shape or keys.stride(3) != 1 or values.stride(3) != 1:
         raise ValueError(
             f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected two (B, KV, slots, d) of one shape "
             "with a contiguous last dimension"
         )
     batch, kv_heads, slots, head_dim = keys.shape
-    rows, width = matrix("q_out", q_out)
-    if head_dim % 2 or width % head_dim:
-        raise ValueError(f"q_out is {width} wide, expected a multiple of the even head_dim {head_dim}")
-    matrix("qkv", qkv, rows, width + 2 * kv_heads * head_dim)
+    _, queries = matrix("q_out", q_out, rows)
+    if head_dim % 2 or queries % head_dim:
+        raise ValueError(f"q_out is {queries} wide, expected a multiple of the even head_dim {head_dim}")
+    if width != queries + 2 * kv_heads * head_dim:
+        raise ValueError(f"queries, keys and values are {width} wide, expected {queries + 2 * kv_heads * head_dim}")
     if samples("qkv", rows, rows_per_sample) != batch or rows_per_sample > slots:
         raise ValueError(
             f"{rows} rows of {rows_per_sample} a sample do not fit keys {tuple(keys.shape)}: expected B samples with "
@@ -39,7 +41,7 @@ def _check(
     positions, _ = dense("cos", cos, width=head_dim // 2)
     dense("sin", sin, positions, head_dim // 2)
     vector("first", first, batch, torch.int32)
-    return batch, width // head_dim, head_dim
+    return batch, queries // head_dim, head_dim
 
 
 def rotate_and_store_ref(
@@ -53,7 +55,7 @@ def rotate_and_store_ref(
     rows_per_sample: int,
 ) -> None:
     """Twin of `rotate_and_store`."""
-    batch, heads, head_dim = _check(qkv, cos, sin, first, q_out, keys, values, rows_per_sample)
+    batch, heads, head_dim = check_rotation(*matrix("qkv", qkv), cos, sin, first, q_out, keys, values, rows_per_sample)
     kv_heads = keys.shape[1]
     heads_of_row = qkv.view(batch, rows_per_sample, heads + 2 * kv_heads, head_dim)
     place = first.long()[:, None] + torch.arange(rows_per_sample, device=qkv.device)
@@ -139,7 +141,7 @@ def rotate_and_store(
     (positions, d/2) float32, pairs are (i, i + d/2), the rotation is in float32 with one rounding. The caller makes
     sure that first[b] + N fits the slots and the table. Raises ValueError where shapes do not fit.
     """
-    _, heads, head_dim = _check(qkv, cos, sin, first, q_out, keys, values, rows_per_sample)
+    _, heads, head_dim = check_rotation(*matrix("qkv", qkv), cos, sin, first, q_out, keys, values, rows_per_sample)
     rows, kv_heads, half = qkv.shape[0], keys.shape[1], head_dim // 2
     block_rows = 8 if rows >= 256 else 1
     grid = (cdiv(rows, block_rows), heads + 2 * kv_heads)

@@ -72,7 +72,20 @@ class AttentionConfig:
         _power_of_2("warps", self.warps, 1)
 
 
-Config = TypeVar("Config", GemmConfig, AttentionConfig)
+@dataclass(frozen=True)
+class PrefixAttentionConfig:
+    """Of `prefix_attention`: slots of its ring, each with 64 keys or 64 values. Named for GPUs where it wins."""
+
+    slots: int = 6
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.slots <= 6:
+            raise ValueError(
+                f"slots is {self.slots}, expected 4 to 6: less than two blocks, or more than shared memory"
+            )
+
+
+Config = TypeVar("Config", GemmConfig, AttentionConfig, PrefixAttentionConfig)
 
 
 def gpu_file(device: torch.device) -> Path:

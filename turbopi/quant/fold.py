@@ -107,7 +107,7 @@ class FoldedGemmaBlock(Generic[W]):
     Attributes:
         qkv: ((heads + 2·kv_heads)·head_dim, width), queries scaled by head_dim^-0.5.
         out: (width, heads·head_dim).
-        gate_up: (2·mlp_dim, width), the gate's rows first.
+        gate_up: (2·mlp_dim, width), the gate's rows first, unless the `Rounding` keeps them in another order.
         down: (width, mlp_dim).
     """
 

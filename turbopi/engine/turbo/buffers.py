@@ -25,6 +25,10 @@ QUERY_ROWS = 64
 """Rows of a program of the split attention, at most."""
 MULTIPROCESSORS = 128
 MOST_SPLITS = 16
+MOST_FUSED_ROWS = 64
+"""Suffix rows that `FusedLoop` takes at most."""
+PRODUCT_PARTS = 8
+"""Parts of K in which it computes a product onto the stream, at most."""
 T = TypeVar("T")
 
 
@@ -102,8 +106,8 @@ class DenoiseBuffers:
     """B·N rows of the suffix.
 
     `x_t` (B·H,action_dim) float32 starts as the noise and ends as the actions. `mixed`, `projected` (B·H,width) and
-    `state_token` (B,width) are float32 and only π0's. `partial` and `partial_lse` belong to the split attention. `_fp8`
-    as in `VisionBuffers`.
+    `state_token` (B,width) are float32 and only π0's. `partial` and `partial_lse` belong to the split attention,
+    `parts` to the split products of `FusedLoop`. `_fp8` as in `VisionBuffers`.
     """
 
     x_t: Tensor
@@ -120,6 +124,7 @@ class DenoiseBuffers:
     state_token: Tensor
     partial: Tensor
     partial_lse: Tensor
+    parts: Tensor
     normed_fp8: Tensor
     attended_fp8: Tensor
     hidden_fp8: Tensor
@@ -239,6 +244,7 @@ def denoise_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: 
         "state_token": ((bucket.batch, expert.width), torch.float32),
         "partial": ((splits, rows * expert.heads, expert.head_dim), torch.float32),
         "partial_lse": ((splits, rows * expert.heads), torch.float32),
+        "parts": ((PRODUCT_PARTS, rows if rows <= MOST_FUSED_ROWS else 0, expert.width), torch.float32),
     }
     return specs | _fp8_specs(specs, fp8)
 

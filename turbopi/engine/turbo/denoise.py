@@ -107,7 +107,7 @@ class RowsLoop:
         suffix, state_token = self._config.suffix_tokens, self._config.kind == "pi0"
         blocks = weights.expert.blocks
         readers: list[Product | None] = [*(block.qkv for block in blocks), None]
-        scale, shift, gate = _norm(modulation, 0)
+        scale, shift, gate = norm_of(modulation, 0)
         normed = target(readers[0], b.normed, b.normed_fp8)
         ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
         for layer, block in enumerate(blocks):
@@ -130,17 +130,17 @@ class RowsLoop:
             )
             multiply(ops, attended.tensor, block.out, b.update)
             normed = target(block.gate_up, b.normed, b.normed_fp8)
-            scale, shift, next_gate = _norm(modulation, 2 * layer + 1)
+            scale, shift, next_gate = norm_of(modulation, 2 * layer + 1)
             ops.gated_residual_norm(b.x, b.update, gate, scale, shift, normed.tensor, inverse=normed.inverse)
             hidden = target(block.down, b.hidden, b.hidden_fp8)
             multiply_geglu(ops, normed.tensor, block.gate_up, b.gate_up, hidden)
             multiply(ops, hidden.tensor, block.down, b.update)
             normed = target(readers[layer + 1], b.normed, b.normed_fp8)
-            scale, shift, gate = _norm(modulation, 2 * layer + 2)
+            scale, shift, gate = norm_of(modulation, 2 * layer + 2)
             ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, normed.tensor, inverse=normed.inverse)
 
 
-def _norm(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def norm_of(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Scale, shift and gate of one norm, each (width,) float32, or nothing for a plain norm."""
     if modulation is None:
         return None, None, None

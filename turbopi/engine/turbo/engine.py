@@ -28,9 +28,9 @@ from .cache import TurboCache, hand_out
 from .checks import PRECISIONS, check_device, check_model, check_quantisation, check_stage_input, too_large
 from .denoise import DenoiseLoop, RowsLoop, Schedules
 from .graphs import GraphSet, ieee_float32
-from .ops import TWINS, Ops, triton_ops
-from .persistent import PersistentLoop, obstacles
-from .prefill import prefill
+from .loops import make_loop, told
+from .ops import Ops, triton_ops
+from .prefill import attention_obstacles, prefill
 from .vision import encode
 from .weights import fold_model
 
@@ -123,18 +123,9 @@ class TurboEngine(Again):
     def _loop(self, batch: int) -> DenoiseLoop:
         """Which loop runs a batch. A fixed rule, told by `describe`: what one loop cannot run is never tried on it."""
         if batch not in self._loops:
-            loop: DenoiseLoop
-            if self._kernel_by_kernel or self._ops.name == TWINS or self._not_persistent(batch):
-                loop = RowsLoop(self.config, self._weights, self._ops, self._schedules)
-            else:
-                loop = PersistentLoop(self.config, self._weights, self._schedules)
-            self._loops[batch] = loop
+            parts = self.config, self._weights, self._ops, self._schedules
+            self._loops[batch] = RowsLoop(*parts) if self._kernel_by_kernel else make_loop(*parts, batch)
         return self._loops[batch]
-
-    def _not_persistent(self, batch: int) -> list[str]:
-        """Why the persistent loop does not run such a batch; empty if it does."""
-        found = obstacles(self.config, self._weights, batch)
-        return [*found, "the expert's products in fp8"] if self._weights.expert_has_fp8 else found
 
     def _next_generation(self, batch: int) -> int:
         """What earlier caches of this batch size showed is about to be overwritten."""
@@ -224,12 +215,9 @@ class TurboEngine(Again):
         """See `TickEngine`."""
         return {
             "ops": self._ops.name,
-            "denoise_loop": {str(batch): loop.name for batch, loop in sorted(self._loops.items())},
-            "not_persistent": {
-                str(batch): "; ".join(self._not_persistent(batch))
-                for batch, loop in sorted(self._loops.items())
-                if loop.name != PersistentLoop.name
-            },
+            **told(self.config, self._weights, self._loops),
+            "prefix_attention": "; ".join(attention_obstacles(self.config, self._weights)) or "wgmma",
+            "prefix_gate_up": "; ".join(self._weights.untiled) or "tiled",
             "graphs": self._graphs.recorded,
             "weight_bytes": self._weights.bytes_by_format(),
             **self._details,

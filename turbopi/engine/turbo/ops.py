@@ -43,6 +43,7 @@ class Ops:
     name: str
     matmul: Callable[..., None]
     geglu_matmul: Callable[..., None]
+    tiled_geglu: Callable[..., None]
     fp8_matmul: Callable[..., None]
     fp8_gelu_matmul: Callable[..., None]
     fp8_geglu_matmul: Callable[..., None]
@@ -57,6 +58,11 @@ class Ops:
     rotate_and_store: Callable[..., None]
     attention: Callable[..., None]
     attention_split: Callable[..., None]
+    row_qkv: Callable[..., None]
+    row_attention: Callable[..., None]
+    row_parts: Callable[..., None]
+    row_sum_norm: Callable[..., None]
+    row_geglu: Callable[..., None]
     action_in: Callable[..., None]
     action_out: Callable[..., None]
 
@@ -80,6 +86,29 @@ def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image
     _, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
     kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image, inverse=inverse)
     return out
+
+
+def cache_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    rows_per_sample: int,
+    extra: int = 0,
+    state_token: bool = False,
+    scale: float = 1.0,
+    inverse: float = 1.0,
+) -> None:
+    """`kernels.attention`, by `kernels.prefix_attention` where that runs and the tuned file of the GPU names it."""
+    head_dim = keys.shape[3]
+    rows = rows_per_sample * q.shape[1] // head_dim
+    named = kernels.prefix_attention_config(q, rows, head_dim) is not None
+    all_alike = not extra and not state_token
+    if named and all_alike and not kernels.prefix_attention_obstacles(q, keys, values, lengths, out):
+        kernels.prefix_attention(q, keys, values, lengths, out, rows_per_sample, scale, inverse=inverse)
+    else:
+        kernels.attention(q, keys, values, lengths, out, rows_per_sample, extra, state_token, scale, inverse=inverse)
 
 
 def twin_matmul(
@@ -143,6 +172,7 @@ def triton_ops() -> Ops:
         name="cublas+triton",
         matmul=cublas_matmul,
         geglu_matmul=geglu_matmul,
+        tiled_geglu=kernels.tiled_geglu,
         fp8_matmul=fp8_matmul,
         fp8_gelu_matmul=fp8_gelu_matmul,
         fp8_geglu_matmul=fp8_geglu_matmul,
@@ -155,8 +185,13 @@ def triton_ops() -> Ops:
         rms_norm=kernels.rms_norm,
         gated_residual_norm=kernels.gated_residual_norm,
         rotate_and_store=kernels.rotate_and_store,
-        attention=kernels.attention,
+        attention=cache_attention,
         attention_split=kernels.attention_split,
+        row_qkv=kernels.row_qkv,
+        row_attention=kernels.row_attention,
+        row_parts=kernels.row_parts,
+        row_sum_norm=kernels.row_sum_norm,
+        row_geglu=kernels.row_geglu,
         action_in=kernels.action_in,
         action_out=kernels.action_out,
     )
@@ -168,6 +203,7 @@ def twin_ops() -> Ops:
         name=TWINS,
         matmul=twin_matmul,
         geglu_matmul=twin_geglu_matmul,
+        tiled_geglu=kernels.tiled_geglu_ref,
         fp8_matmul=twin_fp8_matmul,
         fp8_gelu_matmul=twin_fp8_gelu_matmul,
         fp8_geglu_matmul=twin_fp8_geglu_matmul,
@@ -182,6 +218,11 @@ def twin_ops() -> Ops:
         rotate_and_store=kernels.rotate_and_store_ref,
         attention=kernels.attention_ref,
         attention_split=kernels.attention_split_ref,
+        row_qkv=kernels.row_qkv_ref,
+        row_attention=kernels.row_attention_ref,
+        row_parts=kernels.row_parts_ref,
+        row_sum_norm=kernels.row_sum_norm_ref,
+        row_geglu=kernels.row_geglu_ref,
         action_in=kernels.action_in_ref,
         action_out=kernels.action_out_ref,
     )

@@ -6,9 +6,12 @@ import torch
 
 from ...config import ModelConfig
 from ...kernels.cuda_module import can_compile
-from ...kernels.denoise import Cache, DenoiseKernel, Layer, Plan, Schedule, Shape
+from ...kernels.denoise import Cache, DenoiseKernel, Layer, Matrix, Plan, Schedule, Shape
+from ...kernels.denoise_fp8 import ScaledMatrix
+from ...quant.fp8 import Fp8Weight
 from .buffers import Buffers, RequestBuffers
 from .denoise import Schedules, Steps
+from .products import Product
 from .weights import TurboWeights, longest_sequence
 
 OLDEST = (9, 0)
@@ -27,6 +30,8 @@ def obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> list[st
         found.append(f"no GPU of compute capability {OLDEST[0]}.{OLDEST[1]}")
     elif not can_compile():
         found.append("cuda-bindings is not installed")
+    if len({isinstance(m, Fp8Weight) for b in weights.expert.blocks for m in (b.qkv, b.out, b.gate_up, b.down)}) > 1:
+        found.append("expert products in fp8 beside others in bf16")
     found += Shape.problems(**_sizes(config))
     return found or _lack_of_room(config, weights.device)
 
@@ -52,7 +57,7 @@ class PersistentLoop:
     def __init__(self, config: ModelConfig, weights: TurboWeights, schedules: Schedules) -> None:
         if found := obstacles(config, weights, 1):
             raise ValueError(f"the persistent denoise loop cannot run: {'; '.join(found)}")
-        layers = [Layer(b.qkv, b.out, b.gate_up, b.down) for b in weights.expert.blocks]
+        layers = [Layer(*map(_matrix, (b.qkv, b.out, b.gate_up, b.down))) for b in weights.expert.blocks]
         self._kernel = DenoiseKernel(Shape(**_sizes(config)), layers, weights.device)
         self._weights = weights
         self._schedules = schedules
@@ -79,6 +84,12 @@ class PersistentLoop:
         x_t.copy_(request.noise.view_as(x_t))
         cache = Cache(prefix.keys[:, 0], prefix.values[:, 0], request.lengths, self._weights.cos, self._weights.sin)
         self._kernel.run(self._prepared[steps], cache, x_t)
+
+
+def _matrix(product: Product) -> Matrix:
+    if isinstance(product, Fp8Weight):
+        return ScaledMatrix(product.values, product.scale, product.inverse)
+    return product
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...kernels import attention_misfits, prefix_attention_config
 from .buffers import Buffers, PrefillBuffers, RequestBuffers
 from .ops import Ops
 from .products import Product, Target, add_product, multiply, multiply_geglu, target, width
@@ -44,6 +45,15 @@ def prefill(config: ModelConfig, weights: TurboWeights, ops: Ops, request: Reque
         multiply_geglu(ops, normed.tensor, block.gate_up, b.gate_up, hidden)
         update = add_product(ops, hidden.tensor, block.down, b.x, b.update, b.sums)
     _last_layer(weights, ops, b, rows, update)
+
+
+def attention_obstacles(config: ModelConfig, weights: TurboWeights) -> list[str]:
+    """Why the prefix's attention is not `kernels.prefix_attention`; empty if it is. A fixed rule."""
+    vlm, like = config.vlm, weights.cos.new_empty(0, dtype=weights.dtype)
+    found = attention_misfits(vlm.kv_heads, vlm.head_dim, weights.dtype, weights.device)
+    if prefix_attention_config(like, vlm.heads, vlm.head_dim) is None:
+        found.append("no entry in the tuned file of this GPU")
+    return found
 
 
 def _norm(ops: Ops, b: PrefillBuffers, update: Tensor | None, reader: Product) -> Target:

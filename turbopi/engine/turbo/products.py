@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...kernels import E4M3
+from ...kernels import E4M3, TiledGeglu
 from ...quant.fold import FoldedAffine
 from ...quant.fp8 import Fp8Weight
 from .ops import Ops
@@ -25,7 +25,7 @@ class Target(NamedTuple):
     inverse: float
 
 
-def target(product: Product | None, plain: Tensor, fp8: Tensor) -> Target:
+def target(product: Product | TiledGeglu | None, plain: Tensor, fp8: Tensor) -> Target:
     """`fp8` for an fp8 product, `plain` for any other and for None, what is never quantised."""
     return Target(fp8, product.inverse) if isinstance(product, Fp8Weight) else Target(plain, 1.0)
 
@@ -55,9 +55,11 @@ def multiply_gelu(ops: Ops, x: Tensor, linear: FoldedAffine[Product], scratch: T
         ops.matmul(x, weight, into.tensor, bias=linear.bias, activation="gelu")
 
 
-def multiply_geglu(ops: Ops, x: Tensor, product: Product, scratch: Tensor, into: Target) -> None:
+def multiply_geglu(ops: Ops, x: Tensor, product: Product | TiledGeglu, scratch: Tensor, into: Target) -> None:
     """into (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ); scratch (M,2F)."""
-    if isinstance(product, Fp8Weight):
+    if isinstance(product, TiledGeglu):
+        ops.tiled_geglu(x, product, into.tensor)
+    elif isinstance(product, Fp8Weight):
         ops.fp8_geglu_matmul(x, product, scratch, into.tensor, into.inverse)
     else:
         ops.geglu_matmul(x, product, scratch, into.tensor, into.inverse)

@@ -1,0 +1,38 @@
+"""Which denoise loop runs a batch: a fixed rule, told by the engine's `describe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...config import ModelConfig
+from .denoise import DenoiseLoop, RowsLoop, Schedules
+from .fused import FusedLoop, fused_obstacles
+from .ops import TWINS, Ops
+from .persistent import PersistentLoop, obstacles
+from .weights import TurboWeights
+
+
+def make_loop(config: ModelConfig, weights: TurboWeights, ops: Ops, schedules: Schedules, batch: int) -> DenoiseLoop:
+    """The first that has no obstacles of: all in one kernel, fused kernels, one kernel after another.
+
+    What a loop cannot run is never tried on it. Twins run one after another.
+    """
+    if ops.name != TWINS and not obstacles(config, weights, batch):
+        return PersistentLoop(config, weights, schedules)
+    if ops.name != TWINS and not fused_obstacles(config, weights, batch):
+        return FusedLoop(config, weights, ops, schedules)
+    return RowsLoop(config, weights, ops, schedules)
+
+
+def told(config: ModelConfig, weights: TurboWeights, loops: Mapping[int, DenoiseLoop]) -> dict[str, dict[str, str]]:
+    """The loop of each batch size, and what stands in the way of the faster ones."""
+    slower = {batch: loop for batch, loop in sorted(loops.items()) if loop.name != PersistentLoop.name}
+    return {
+        "denoise_loop": {str(batch): loop.name for batch, loop in sorted(loops.items())},
+        "not_persistent": {str(batch): "; ".join(obstacles(config, weights, batch)) for batch in slower},
+        "not_fused": {
+            str(batch): "; ".join(fused_obstacles(config, weights, batch))
+            for batch, loop in slower.items()
+            if loop.name != FusedLoop.name
+        },
+    }
