@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,6 +24,11 @@ from turbopi.bench import write_receipt
 from turbopi.bench.clock import StageClock
 from turbopi.engine.capture import CudaGraphRecorder
 from turbopi.kernels.denoise import Cache, DenoiseKernel, Layer, Schedule, Shape, denoise_ref
+from turbopi.kernels.denoise_fp8 import ScaledMatrix
+from turbopi.quant.fp8 import to_fp8_weight
+
+REACH = {"qkv": 8.0, "out": 4.0, "gate_up": 8.0, "down": 16.0}
+"""How far the products' inputs reach, about, with the weights and modulations below."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Options:
     """Flow-matching evaluations."""
     in_flight: tuple[int, ...] = (1, 2)
     """Chunks of weights that a CTA asks memory for at once."""
+    precisions: tuple[Literal["bf16", "fp8"], ...] = ("bf16", "fp8")
+    """Of the products, in turns in one run."""
     repeats: int = 200
     """Timed replays of a graph."""
     out: Path = Path(__file__).parent / "results" / "denoise_loop.json"
@@ -45,10 +52,20 @@ class Options:
 
 
 class Case:
-    """Random weights, schedule, cache and noise of one shape; `slots` in the cache, by default as many as are used."""
+    """Random weights, schedule, cache and noise of one shape; `slots` in the cache, by default as many as are used.
+
+    `exact` are the layers in bfloat16, `layers` the same, or in E4M3 with `fp8`.
+    """
 
     def __init__(
-        self, shape: Shape, prefix: int, steps: int, *, slots: int | None = None, device: str = "cuda"
+        self,
+        shape: Shape,
+        prefix: int,
+        steps: int,
+        *,
+        slots: int | None = None,
+        device: str = "cuda",
+        fp8: bool = False,
     ) -> None:
         self.shape, self.device = shape, torch.device(device)
         self._generator = torch.Generator(device).manual_seed(0)
@@ -56,7 +73,7 @@ class Case:
         heads = shape.heads + 2 * shape.kv_heads
         scale = torch.ones(heads * shape.head_dim, 1, device=device)
         scale[:inner] = shape.head_dim**-0.5
-        self.layers = [
+        self.exact = [
             Layer(
                 (self._random(heads * shape.head_dim, width) / width**0.5 * scale).bfloat16(),
                 (self._random(width, inner) / inner**0.5).bfloat16(),
@@ -65,6 +82,7 @@ class Case:
             )
             for _ in range(shape.depth)
         ]
+        self.layers = [in_fp8(layer) for layer in self.exact] if fp8 else self.exact
         self.schedule = Schedule(
             modulation=self._random(steps, 2 * shape.depth + 1, 3, width) * 0.3,
             in_weights=self._random(shape.action_dim, width) / 6,
@@ -88,6 +106,12 @@ class Case:
         return torch.randn(size, generator=self._generator, device=self.device)
 
 
+def in_fp8(layer: Layer) -> Layer:
+    """The layer in E4M3."""
+    kept = {name: to_fp8_weight(getattr(layer, name).float(), reach) for name, reach in REACH.items()}
+    return Layer(**{name: ScaledMatrix(w.values, w.scale, w.inverse) for name, w in kept.items()})
+
+
 def milliseconds(replay: Callable[[], None], device: torch.device, repeats: int) -> float:
     """Median time of a replay on the device."""
     clock, times = StageClock(device), []
@@ -99,12 +123,18 @@ def milliseconds(replay: Callable[[], None], device: torch.device, repeats: int)
     return statistics.median(times[3:])
 
 
-def measure(rows: int, in_flight: int, prefix: int, steps: int, repeats: int) -> dict[str, Any]:
+def measure(rows: int, precision: str, in_flight: int, prefix: int, steps: int, repeats: int) -> dict[str, Any]:
     """Error against the twin after one step and after all, bit-identity of two runs, and time."""
     shape = Shape(1024, 18, 8, 1, 256, 4096, rows, longest=968 + rows)
-    result: dict[str, Any] = {"rows": rows, "in_flight": in_flight, "prefix": prefix, "steps": steps}
+    result: dict[str, Any] = {
+        "rows": rows,
+        "precision": precision,
+        "in_flight": in_flight,
+        "prefix": prefix,
+        "steps": steps,
+    }
     for count in (1, steps):
-        case = Case(shape, prefix, count)
+        case = Case(shape, prefix, count, fp8=precision == "fp8")
         kernel = DenoiseKernel(shape, case.layers, case.device, in_flight)
         x_t, expected = case.noise.clone(), case.noise.clone()
         replay = CudaGraphRecorder(case.device).record(partial(kernel.run, case.schedule, case.cache, x_t))
@@ -126,9 +156,10 @@ def main() -> None:
     """Measure, print, write the receipt."""
     options = tyro.cli(Options, description=__doc__)
     results = [
-        measure(rows, in_flight, options.prefix, options.steps, options.repeats)
+        measure(rows, precision, in_flight, options.prefix, options.steps, options.repeats)
         for rows in options.rows
         for in_flight in options.in_flight
+        for precision in options.precisions
     ]
     table = Table(*results[0])
     for result in results:
