@@ -55,6 +55,7 @@ def serve_forever(policy: ServedPolicy, config: ServeConfig, *, on_ready: OnRead
 def _signals_to(stop: asyncio.Event, force: asyncio.Event) -> Iterator[None]:
     """Let the first signal set `stop`, any later one `force`."""
     loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def received() -> None:
         (force if stop.is_set() else stop).set()
@@ -65,7 +66,8 @@ def _signals_to(stop: asyncio.Event, force: asyncio.Event) -> Iterator[None]:
         yield
     finally:
         for number in SIGNALS:
-            loop.remove_signal_handler(number)
+            loop.remove_signal_handler(number)  # to Python's default, which need not be what was there
+            signal.signal(number, before[number])
 
 
 class ServerThread:
