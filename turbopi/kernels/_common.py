@@ -36,6 +36,15 @@ def dense(name: str, t: Tensor, rows: int | None = None, width: int | None = Non
     return shape
 
 
+def planes(name: str, t: Tensor, rows: int, width: int) -> int:
+    """How many planes of (rows, width) a contiguous float32 tensor holds; raises ValueError where it is none."""
+    if t.ndim != 3 or t.shape[1:] != (rows, width) or t.dtype != torch.float32 or not t.is_contiguous():
+        raise ValueError(
+            f"{name} is {t.dtype} {tuple(t.shape)}, expected float32 (splits, {rows}, {width}), contiguous"
+        )
+    return len(t)
+
+
 def vector(name: str, t: Tensor | None, width: int, dtype: torch.dtype | None = torch.float32) -> None:
     """Check an optional contiguous vector; `dtype` None takes any."""
     if t is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import aligned, cdiv, matrix, multiprocessors, next_power_of_2, precision, same_dtype, vector
+from ._common import aligned, cdiv, matrix, multiprocessors, next_power_of_2, planes, precision, same_dtype, vector
 from ._fp8 import check_inverse, narrow, store_ref
 from ._gemm import epilogue, sum_splits, tile_place
 from ._triton import host_descriptor, tl, triton
@@ -42,13 +42,8 @@ def _check(
         matrix("residual", residual, m, n)
     if activation not in get_args(Activation):
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(get_args(Activation))}")
-    if partial is not None and (
-        partial.ndim != 3
-        or partial.shape[1:] != (m, n)
-        or not partial.is_contiguous()
-        or partial.dtype != torch.float32
-    ):
-        raise ValueError(f"partial is {partial.dtype} {tuple(partial.shape)}, expected float32 (splits, {m}, {n})")
+    if partial is not None:
+        planes("partial", partial, m, n)
     return m, n, k
 
 

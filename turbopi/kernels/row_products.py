@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import row_products_tma as tma
-from ._common import cdiv, matrix, next_power_of_2, precision, same_dtype
+from ._common import cdiv, matrix, next_power_of_2, planes, precision, same_dtype
 from ._dependent import after_the_last, options
 from ._triton import tl, triton
 from .geglu import gelu_tanh
@@ -276,9 +276,7 @@ def _check_parts(x: Tensor, weight: Tensor, parts: Tensor) -> tuple[int, int, in
     m, k = matrix("x", x)
     n, _ = matrix("weight", weight, width=k)
     same_dtype("x", x, "weight", weight)
-    if parts.ndim != 3 or parts.shape[1:] != (m, n) or parts.dtype != torch.float32 or not parts.is_contiguous():
-        raise ValueError(f"parts is {parts.dtype} {tuple(parts.shape)}, expected contiguous float32 (splits, {m}, {n})")
-    return len(parts), m, n, k
+    return planes("parts", parts, m, n), m, n, k
 
 
 def row_parts(x: Tensor, weight: Tensor, parts: Tensor, config: GemmConfig | None = None) -> None:

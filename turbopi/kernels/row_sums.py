@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ._common import dense, next_power_of_2, vector
+from ._common import dense, next_power_of_2, planes, vector
 from ._dependent import after_the_last, options
 from ._triton import tl, triton
 from .rms_norm import rms_norm_ref
@@ -19,10 +18,7 @@ def _check(
 ) -> tuple[int, int]:
     rows, width = dense("x", x)
     dense("out", out, rows, width)
-    if parts.ndim != 3 or parts.shape[1:] != x.shape or parts.dtype != torch.float32 or not parts.is_contiguous():
-        raise ValueError(
-            f"parts is {parts.dtype} {tuple(parts.shape)}, expected contiguous float32 (splits, {rows}, {width})"
-        )
+    planes("parts", parts, rows, width)
     for name, t in (("gate", gate), ("scale", scale), ("shift", shift)):
         vector(name, t, width)
     if (scale is None) != (shift is None):
