@@ -43,7 +43,7 @@ from turbopi.sim.summary import latest
 Group = Literal["reuse", "thresholds", "modes", "delays", "presets"]
 GROUPS: tuple[Group, ...] = ("reuse", "thresholds", "modes", "delays", "presets")
 STEPS, EVERY = (1, 2, 3, 5, 10), (1, 2, 3, 4, 5)
-BEST_FIRST = ((10, 2), (5, 1), (3, 1), (10, 3), (1, 1), (5, 2), (3, 2), (10, 5), (10, 4), (2, 1), (1, 2), (5, 3))
+BEST_FIRST = ((5, 1), (3, 1), (1, 1), (2, 1), (10, 2), (10, 3), (5, 2), (3, 2), (1, 2), (10, 5), (10, 4), (5, 3))
 THRESHOLDS = (0.985, 0.99, 0.95, 0.995, 0.98, 0.999, 0.97, 1.0)
 MODE_THRESHOLDS = (0.985, 0.95)
 DELAYS = (2, 4, 0, 5, 3, 1, 6, 8, 7)

@@ -28,12 +28,14 @@ from turbopi.bench import Workload, summary, workload, write_receipt
 from turbopi.bench.workloads import as_uint8, observation
 from turbopi.engine.capture import CudaGraphRecorder
 from turbopi.engine.turbo import TurboEngine
+from turbopi.engine.turbo.loops import LoopName
 from turbopi.engine.turbo.ops import triton_ops
 from turbopi.engine.turbo.pipeline import OverlapPipeline
 from turbopi.runtime import ReuseConfig, RtcConfig, Runtime
 from turbopi.runtime.guidance import guidance
 
 OBSERVATIONS = 8
+LOOPS: tuple[LoopName, ...] = ("persistent", "fused", "rows")
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def measure(
         looped.warm_up(shape.views, torch.uint8)
         found[name] = ticks(looped, asked, name, options)
     found["stages"] = stages(engine, asked[0], steps, options)
-    for rows in (False, True):
-        found["overlap_rows" if rows else "overlap"] = overlap(engine, shape, asked, steps, options, rows)
+    for loop in LOOPS:
+        found[f"overlap_{loop}"] = overlap(engine, shape, asked, steps, options, loop)
     stage = found["stages"]
     prefix = stage["encode_images"]["median_ms"] + stage["prefill"]["median_ms"]
     found["least_overlap_ms"] = max(prefix, stage["denoise"]["median_ms"])
@@ -148,10 +150,10 @@ def overlap(
     asked: list[tuple[ModelInput, Tensor]],
     steps: int,
     options: Options,
-    rows: bool,
+    loop: LoopName,
 ) -> dict[str, Any]:
     """Milliseconds an observation when the next prefix runs beside stage 3, and whether anything was captured."""
-    pipeline = OverlapPipeline(engine, steps, rows=rows)
+    pipeline = OverlapPipeline(engine, steps, first_loop=loop)
     pipeline.warm_up(shape.views)
     for tick in range(options.warm_up):
         pipeline.submit(*asked[tick % len(asked)])
@@ -166,7 +168,7 @@ def overlap(
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """A row a step count."""
-    columns = ("steps", "full p50", "p99", "fast p50", "p99", "denoise", "fast beyond", "guided p50", "overlap", "rows")
+    columns = ("steps", "full p50", "p99", "fast p50", "p99", "denoise", "fast beyond", "guided p50", *LOOPS)
     shown = Table(*columns, "least", title="the runtime's ticks, ms")
     for steps, found in rows.items():
         values = [found[kind][key] for kind in ("full", "fast") for key in ("median_ms", "p99_ms")]
@@ -175,7 +177,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
             found["fast_beyond_denoise_ms"],
             found["guided"]["median_ms"],
         ]
-        values += [found[kind]["ms_per_observation"] for kind in ("overlap", "overlap_rows")]
+        values += [found[kind]["ms_per_observation"] for kind in (f"overlap_{loop}" for loop in LOOPS)]
         shown.add_row(steps, *(f"{value:.3f}" for value in (*values, found["least_overlap_ms"])))
     return shown
 

@@ -91,7 +91,7 @@ def test_one_observation_is_denoised_in_one_kernel(name: str) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the persistent loop needs compute capability 9.0")
     engine, _, simulated, exact = engines(name)
-    rows = engine.apart(None, kernel_by_kernel=True)
+    rows = engine.apart(None, first_loop="rows")
     ours, theirs, simulations, apart = [], [], [], []
     for seed in range(4):
         x, noise = observation(exact.config, [9 + 8 * seed], seed=seed)

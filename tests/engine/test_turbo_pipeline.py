@@ -7,6 +7,7 @@ from turbo_support import twins
 
 from turbopi.engine.eager import EagerEngine
 from turbopi.engine.turbo import TurboEngine
+from turbopi.engine.turbo.loops import LoopName
 from turbopi.engine.turbo.ops import triton_ops
 from turbopi.engine.turbo.pipeline import OverlapPipeline
 
@@ -39,13 +40,13 @@ def test_the_engines_own_buffers_stay_as_they_are() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [False, True])
-def test_on_two_streams_many_observations_keep_their_order(rows: bool) -> None:
+@pytest.mark.parametrize("first_loop", ["persistent", "fused", "rows"])
+def test_on_two_streams_many_observations_keep_their_order(first_loop: LoopName) -> None:
     from turbopi.engine.capture import CudaGraphRecorder
 
     reference = model("pi05-small", "cuda", torch.bfloat16)
     engine = TurboEngine(reference, "bf16", triton_ops(), CudaGraphRecorder(torch.device("cuda")))
-    pipeline = OverlapPipeline(engine, 4, rows=rows)
+    pipeline = OverlapPipeline(engine, 4, first_loop=first_loop)
     pipeline.warm_up(2, torch.float32)
     prepared = pipeline.recorded
     asked = [observation(engine.config, [9 + 3 * seed], seed=seed) for seed in range(12)]

@@ -42,8 +42,7 @@ def options(tmp_path: Path) -> Any:
     step = {
         **dict.fromkeys(("full", "fast", "guided"), timed),
         "stages": dict.fromkeys(("encode_images", "prefill", "denoise"), timed),
-        "overlap": overlap,
-        "overlap_rows": overlap,
+        **dict.fromkeys(("overlap_persistent", "overlap_fused", "overlap_rows"), overlap),
         "least_overlap_ms": 2.9,
         "fast_beyond_denoise_ms": 0.2,
     }
@@ -87,7 +86,7 @@ def test_without_receipts_the_page_stays(options: Any, monkeypatch: pytest.Monke
 def test_rows_in_the_order_of_their_value() -> None:
     asked = runtime_closed_loop.Options(out=Path("x"), only=("reuse", "delays"), rows=2)
     names = [setting.name for setting in runtime_closed_loop.chosen(asked)]
-    assert names == ["reference", "steps10_every2", "steps5_every1", "delay2", "delay2_rtc"]
+    assert names == ["reference", "steps5_every1", "steps3_every1", "delay2", "delay2_rtc"]
     matrix = [setting.name for setting in runtime_closed_loop.reuse_settings()]
     assert len(matrix) == len(set(matrix)) == 24
 

@@ -26,9 +26,9 @@ from .buckets import Bucket, Layout, camera_places, lay_out, token_buckets
 from .buffers import Buffers, RequestBuffers
 from .cache import TurboCache, hand_out
 from .checks import PRECISIONS, check_device, check_model, check_quantisation, check_stage_input, too_large
-from .denoise import DenoiseLoop, RowsLoop, Schedules
+from .denoise import DenoiseLoop, Schedules
 from .graphs import GraphSet, ieee_float32
-from .loops import make_loop, told
+from .loops import LoopName, make_loop, told
 from .ops import Ops, triton_ops
 from .prefill import attention_obstacles, prefill
 from .vision import encode
@@ -86,21 +86,24 @@ class TurboEngine(Again):
         self._generations: dict[int, int] = {}
         self._placed: dict[int, Placed] = {}
         self._steering: dict[int, SteeringBuffers] = {}
-        self._kernel_by_kernel = False
+        self._first_loop: LoopName = "persistent"
 
     def observed(self, wrap: Callable[[Ops], Ops]) -> TurboEngine:
         """An engine over the same weights that launches `wrap(ops)` one by one: for audits.
 
         Its buffers are its own, it captures nothing, and its denoise loop is the one that goes kernel by kernel.
         """
-        other = self.apart(None, kernel_by_kernel=True)
+        other = self.apart(None, first_loop="rows")
         other._ops = wrap(self._ops)
         return other
 
-    def apart(self, recorder: Recorder | None, *, kernel_by_kernel: bool = False) -> TurboEngine:
-        """An engine over the same weights, with buffers and graphs of its own."""
+    def apart(self, recorder: Recorder | None, *, first_loop: LoopName | None = None) -> TurboEngine:
+        """An engine over the same weights, with buffers and graphs of its own.
+
+        `first_loop`: the first denoise loop that may run, see `loops.make_loop`. None: as here.
+        """
         other = copy.copy(self)
-        other._graphs, other._kernel_by_kernel = GraphSet(recorder), kernel_by_kernel or self._kernel_by_kernel
+        other._graphs, other._first_loop = GraphSet(recorder), first_loop or self._first_loop
         other._loops, other._arenas, other._generations, other._placed, other._steering = {}, {}, {}, {}, {}
         return other
 
@@ -112,9 +115,8 @@ class TurboEngine(Again):
 
     def _arena(self, batch: int) -> Arena:
         if batch not in self._arenas:
-            weights = self._weights
             try:
-                arena = Arena(self.config, batch, weights.dtype, weights.vision_dtype, self.device, weights.has_fp8)
+                arena = Arena(self.config, batch, self._weights)
             except torch.OutOfMemoryError as error:
                 raise too_large(f"the buffers for a batch of {batch}", error) from error
             self._arenas[batch] = arena
@@ -124,7 +126,7 @@ class TurboEngine(Again):
         """Which loop runs a batch. A fixed rule, told by `describe`: what one loop cannot run is never tried on it."""
         if batch not in self._loops:
             parts = self.config, self._weights, self._ops, self._schedules
-            self._loops[batch] = RowsLoop(*parts) if self._kernel_by_kernel else make_loop(*parts, batch)
+            self._loops[batch] = make_loop(*parts, batch, self._first_loop)
         return self._loops[batch]
 
     def _next_generation(self, batch: int) -> int:

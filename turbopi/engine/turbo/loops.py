@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from ...config import ModelConfig
 from .denoise import DenoiseLoop, RowsLoop, Schedules
@@ -11,15 +12,25 @@ from .ops import TWINS, Ops
 from .persistent import PersistentLoop, obstacles
 from .weights import TurboWeights
 
+LoopName = Literal["persistent", "fused", "rows"]
 
-def make_loop(config: ModelConfig, weights: TurboWeights, ops: Ops, schedules: Schedules, batch: int) -> DenoiseLoop:
-    """The first that has no obstacles of: all in one kernel, fused kernels, one kernel after another.
+
+def make_loop(
+    config: ModelConfig,
+    weights: TurboWeights,
+    ops: Ops,
+    schedules: Schedules,
+    batch: int,
+    first: LoopName = "persistent",
+) -> DenoiseLoop:
+    """From `first` on, the first that has no obstacles of: all in one kernel, fused kernels, one kernel after another.
 
     What a loop cannot run is never tried on it. Twins run one after another.
     """
-    if ops.name != TWINS and not obstacles(config, weights, batch):
+    compiled = ops.name != TWINS
+    if first == "persistent" and compiled and not obstacles(config, weights, batch):
         return PersistentLoop(config, weights, schedules)
-    if ops.name != TWINS and not fused_obstacles(config, weights, batch):
+    if first != "rows" and compiled and not fused_obstacles(config, weights, batch):
         return FusedLoop(config, weights, ops, schedules)
     return RowsLoop(config, weights, ops, schedules)
 

@@ -21,6 +21,7 @@ from .arena import Request
 from .buckets import Bucket, token_buckets
 from .buffers import Buffers
 from .engine import TurboEngine
+from .loops import LoopName
 
 
 class _Lane:
@@ -63,18 +64,18 @@ class OverlapPipeline:
     Args:
         engine: whose weights are used; its own buffers stay untouched.
         steps: flow-matching evaluations.
-        rows: let stage 3 go kernel by kernel. The persistent loop takes the whole GPU and leaves no room for a prefix
-            beside it, so which of the two gives more is to be measured.
+        first_loop: the first denoise loop that may run stage 3. The persistent one takes the whole GPU and leaves no
+            room for a prefix beside it; "fused" and "rows" leave some and are slower.
 
     Not for use from two threads at once, and not beside ticks of other engines where the persistent loop runs.
     """
 
-    def __init__(self, engine: TurboEngine, steps: int, *, rows: bool = False) -> None:
+    def __init__(self, engine: TurboEngine, steps: int, *, first_loop: LoopName | None = None) -> None:
         self.steps = steps
         self.device = engine.device
         cuda = self.device.type == "cuda"
         self._front = engine.apart(CudaGraphRecorder(self.device) if cuda else None)
-        self._back = engine.apart(CudaGraphRecorder(self.device) if cuda else None, kernel_by_kernel=rows)
+        self._back = engine.apart(CudaGraphRecorder(self.device) if cuda else None, first_loop=first_loop)
         self._prefix, self._denoise = _Lane(self.device, 0), _Lane(self.device, -1)
         self._uploaded: torch.cuda.Event | None = None
         self._taken: torch.cuda.Event | None = None
