@@ -46,7 +46,7 @@ STEPS, EVERY = (1, 2, 3, 5, 10), (1, 2, 3, 4, 5)
 BEST_FIRST = ((5, 1), (3, 1), (1, 1), (2, 1), (10, 2), (10, 3), (5, 2), (3, 2), (1, 2), (10, 5), (10, 4), (5, 3))
 THRESHOLDS = (0.985, 0.99, 0.95, 0.995, 0.98, 0.999, 0.97, 1.0)
 MODE_THRESHOLDS = (0.985, 0.95)
-DELAYS = (2, 4, 0, 5, 3, 1, 6, 8, 7)
+DELAYS = (2, 4, 1, 5, 3, 8, 6, 7, 0)
 REPLAN = 5
 STAND_STILL = (0.0,) * 6 + (None,)
 """LIBERO's actions are motions: without a plan the arm stands, and the gripper stays."""
