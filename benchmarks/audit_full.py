@@ -2,7 +2,7 @@
 
     python benchmarks/audit_full.py --candidate turbo:bf16
     python benchmarks/audit_full.py --candidate turbo:fp8
-    python benchmarks/audit_full.py --candidate turbo:bf16 --preset pi05-tiny --device cpu   # a try without a GPU
+    python benchmarks/audit_full.py --candidate turbo-twins:bf16 --preset pi05-tiny --device cpu   # a try without a GPU
 
 Weights are hash weights, the observation is random with the shape of a workload: this certifies arithmetic and time, no
 policy. fp8, int8 and nvfp4 are calibrated on noise here. The receipt has the GPU memory that it took. It is one of

@@ -7,7 +7,7 @@ accumulated). Where an engine does not tell an input, the graph computes it from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -97,6 +97,20 @@ class ReferenceGraph:
             stack.pop()
             made[top] = cell.rule(*(given[i].float() if i in given else made[i] for i in cell.inputs))
         return made[name]
+
+    def sources(self, names: Collection[str], told: Collection[str]) -> frozenset[str]:
+        """Of the tensors told, those from which `value` computes the ones named."""
+        found: set[str] = set()
+        seen: set[str] = set()
+        stack = list(names)
+        while stack:
+            for name in self._cell(stack.pop()).inputs:
+                if name in told:
+                    found.add(name)
+                elif name not in seen:
+                    seen.add(name)
+                    stack.append(name)
+        return frozenset(found)
 
     def _cell(self, name: str) -> Cell:
         if name not in self._cells:

@@ -20,6 +20,15 @@ Visit = Callable[[str, Tensor], Tensor | None]
 """Told of every tensor as it is made; what it returns, if anything, is computed on with instead."""
 
 
+def wanted(visit: Visit, name: str) -> bool:
+    """Whether a visitor is to be told of a tensor: of all, unless it has a `wants` that says otherwise.
+
+    To tell costs a copy in the reference's layout, which is most of what an audit does.
+    """
+    wants = getattr(visit, "wants", None)
+    return wants is None or bool(wants(name))
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One frame.

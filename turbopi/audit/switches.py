@@ -62,21 +62,32 @@ class Healing:
         }
 
 
-def switched_actions(subject: Subject, graph: ReferenceGraph, names: Collection[str]) -> Tensor:
-    """The candidate's actions (1,H,32) where the reference computes the tensors named, on the CPU."""
-    told: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
+class Switching:
+    """A visitor that answers with the reference's tensors where they are named.
 
-    def visit(name: str, value: Tensor) -> Tensor | None:
-        if name not in graph.known:
-            return None
-        if name not in names:
-            told[name] = value
-            return None
-        told[name] = graph.value(name, told, made)
-        return told[name]
+    Args:
+        told: what the candidate tells. None: not known yet, so it is told of everything.
+    """
 
-    return subject.run(graph.sample, visit).cpu().float()
+    def __init__(self, graph: ReferenceGraph, names: Collection[str], told: Collection[str] | None = None) -> None:
+        self.graph, self.names = graph, names
+        self._wanted = None if told is None else graph.sources(names, told).union(names)
+        self.told: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
+
+    def wants(self, name: str) -> bool:
+        """See `sample.wanted`."""
+        return self._wanted is None or name in self._wanted
+
+    def __call__(self, name: str, value: Tensor) -> Tensor | None:
+        """See `sample.Visit`."""
+        if name not in self.graph.known:
+            return None
+        if name not in self.names:
+            self.told[name] = value
+            return None
+        self.told[name] = self.graph.value(name, self.told, self._made)
+        return self.told[name]
 
 
 def coarse_switches(told: Sequence[str]) -> list[Switch]:
@@ -141,11 +152,15 @@ def heal(
     def error(actions: Tensor) -> float:
         return float(torch.linalg.vector_norm(actions - truth) / torch.linalg.vector_norm(truth))
 
-    before = error(switched_actions(subject, graph, ()))
+    def run(visit: Switching) -> float:
+        return error(subject.run(graph.sample, visit).cpu().float())
+
+    plain = Switching(graph, ())
+    before = run(plain)
     found = []
     for number, switch in enumerate(switches, start=1):
         progress(f"switch {number} of {len(switches)}: {switch.name}")
-        after = error(switched_actions(subject, graph, switch.names))
+        after = run(Switching(graph, switch.names, plain.told))
         found.append(Healing(switch, after, 1.0 - after / before if before > 0 else 0.0))
     return before, found
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine.turbo.ops import Ops
 from ..kernels import E4M3
 from ..model.gemma import RMSNorm
-from .sample import Visit
+from .sample import Visit, wanted
 
 Arguments = dict[str, Any]
 Convert = Callable[[Tensor], Tensor]
@@ -43,7 +43,7 @@ class Teller:
             to: what makes the reference's tensor of it.
             back: the inverse, None where nothing may be replaced.
         """
-        if held.dtype == E4M3:
+        if held.dtype == E4M3 or not wanted(self.visit, name):
             return False
         given = self.visit(name, to(held).clone())
         if given is None or back is None:
@@ -51,8 +51,8 @@ class Teller:
         held.copy_(back(given.to(held.device)).reshape(held.shape))
         return True
 
-    def rows(self, name: str, rows: Tensor, scale: float = 1.0) -> bool:
-        """(N,width) in the buffer, times 1/scale; (1,N,width) in the reference."""
+    def rows(self, name: str, rows: Tensor, scale: float | Tensor = 1.0) -> bool:
+        """(N,width) in the buffer, times 1/scale, of each column where it is a vector; (1,N,width) in the reference."""
         return self.tell(name, rows, lambda t: (t.float() * scale)[None], lambda t: t[0] / scale)
 
     def scaled(self, name: str, rows: Tensor, scale: Tensor, shift: Tensor | None) -> bool:
