@@ -8,6 +8,7 @@ import torch
 from turbopi import preset
 from turbopi.bench.ceilings import measure_ceilings, on_chip_bytes
 from turbopi.bench.clock import StageClock
+from turbopi.bench.kernels import KernelsConfig, measure_kernels
 from turbopi.bench.latency import LatencyConfig, measure_latency
 from turbopi.bench.memory import bandwidth_curve
 from turbopi.bench.reading import BLOCK, read, read_ref
@@ -58,3 +59,16 @@ def test_engines_side_by_side(engines: tuple[str, ...]) -> None:
         assert run["transfers"]["observation_to_device"]["median_ms"] > 0
     if "turbo" in engines:
         assert {"host place", "device upload", "device graph"} <= set(run["subjects"]["turbo"]["split_ms"])
+
+
+def test_every_kernel_of_a_tick_has_its_stage() -> None:
+    shape = dataclasses.replace(WORKLOADS["libero"], steps=2)
+    config = KernelsConfig(preset("pi05-small"), shape, ("turbo", "eager"), "cuda", "bf16", repeats=3)
+    found = measure_kernels(config)["engines"]
+    assert found["turbo"]["profiled"] == "the whole tick's graph"
+    for engine in found.values():
+        for name, stage in engine["stages"].items():
+            own = sum(row["own_ms"] for row in stage["kernels"])
+            assert 0 < own + stage["gaps_ms"] < 3 * engine["unprofiled_ms"][name]
+            assert all(row["median_us"] > 0 for row in stage["kernels"])
+        assert engine["tick"]["launches"] == sum(stage["launches"] for stage in engine["stages"].values())

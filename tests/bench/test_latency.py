@@ -13,7 +13,7 @@ from turbopi.bench.clock import StageClock
 from turbopi.bench.contenders import hash_weights
 from turbopi.bench.latency import LatencyConfig, Times, call_rates, measure_latency, subject_results
 from turbopi.bench.memory import MemoryConfig, bandwidth_curve, edges, measure_memory
-from turbopi.bench.peers import LerobotSubject
+from turbopi.bench.peers import LerobotSubject, _check_transformers
 from turbopi.bench.receipt import write_receipt
 from turbopi.bench.roofline import Ceilings, tick_costs
 from turbopi.bench.subjects import EngineSubject, PlacingEngine
@@ -195,6 +195,19 @@ def test_a_peer_that_is_not_installed_or_not_of_this_size() -> None:
     inputs, noise = observation(TINY.fit(preset("pi05-tiny")), TINY, 1)
     with pytest.raises(ImportError, match=r"install 'lerobot\[pi\]'"):
         LerobotSubject(sizes, inputs, noise, 10, CPU, torch.float32, compiled=False)
+
+
+def test_a_peer_beside_another_transformers_than_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"lerobot": "0.6.1", "transformers": "5.17.0"}
+    wanted = ["numpy<3", "transformers<5.6.0,>=5.4.0; extra == 'transformers-dep'"]
+    monkeypatch.setattr("turbopi.bench.peers.metadata.version", versions.__getitem__)
+    monkeypatch.setattr("turbopi.bench.peers.metadata.requires", lambda _: wanted)
+    with pytest.raises(
+        ImportError, match=r"lerobot 0\.6\.1 asks for transformers <5\.6\.0,>=5\.4\.0, .* 5\.17\.0; install"
+    ):
+        _check_transformers()
+    versions["transformers"] = "5.5.4"
+    _check_transformers()
 
 
 def test_a_peer_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

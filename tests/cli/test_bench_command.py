@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from turbopi.cli.bench import kernel_tables
 from turbopi.cli.main import main
 
 
@@ -32,6 +33,14 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out.read_text())["results"]["ticks"]["eager"][0]["prompt_tokens"] == 3
 
 
+def test_kernels_in_tables() -> None:
+    row = {"label": "gemm", "count": 27.0, "own_ms": 0.5, "share": 0.25, "median_us": 18.25}
+    stage = {"span_ms": 2.0, "launches": 54.0, "gaps_ms": 0.25, "kernels": [row]}
+    (table,) = kernel_tables({"engines": {"turbo": {"stages": {"prefill": stage}}}})
+    assert table.title == "turbo, prefill: 2.000 ms, 54 launches, gaps 0.250 ms"
+    assert [list(column.cells) for column in table.columns] == [["gemm"], ["27"], ["0.500"], ["25.0 %"], ["18.2"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -40,6 +49,7 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--peer", "lerobot"], "published pi05 sizes only"),
         (["--views", "4"], "has 4 views, the model has 3"),
         (["--batch", "0"], "between 1 and 256"),
+        (["--what", "kernels"], "a profile per kernel needs a CUDA GPU"),
     ],
 )
 def test_errors_take_one_line(

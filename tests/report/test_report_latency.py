@@ -74,6 +74,21 @@ def memory(on_chip: float) -> dict[str, Any]:
     return {"bandwidth": bandwidth, "on_chip_bytes": on_chip, "ticks": {"turbo": points}}
 
 
+def kernels() -> dict[str, Any]:
+    row = {"kernel": "void gemm<4>(int)", "label": "gemm<4>", "count": 27, "total_ms": 1.1, "own_ms": 0.9, "share": 0.6}
+    grids = {"8x1x1": {"count": 27, "median_us": 41.0}}
+    many = {f"{i}x100x100": {"count": 1, "median_us": 41.0} for i in range(20)}
+    rows = [row | {"median_us": 41.0, "grids": grids}, row | {"median_us": 41.0, "grids": many}]
+    stage = {"launches": 54, "span_ms": 1.5, "gaps_ms": 0.1, "kernels": rows}
+    turbo = {"profiled": "the whole tick's graph", "ticks": 20, "tick": {"launches": 162}, "engine": {}}
+    eager = turbo | {"profiled": "stages one after the other", "unprofiled_ms": dict.fromkeys(STAGES, 2.0)}
+    turbo |= {"unprofiled_ms": dict.fromkeys(STAGES, 1.5) | {"tick": 4.4}}
+    engines = {
+        name: engine | {"stages": dict.fromkeys(STAGES, stage)} for name, engine in (("turbo", turbo), ("eager", eager))
+    }
+    return {"prefix_tokens": 552, "engines": engines}
+
+
 class Balanced(HTMLParser):
     """Fails on tags that are closed in the wrong order."""
 
@@ -111,6 +126,12 @@ def test_the_latency_page(tmp_path: Path) -> None:
     assert "&lt;a &amp; b&gt;" in text
     assert text.count("whole calls</h2>") == 3
     assert text.count("beyond the stages") >= 2
+
+
+def test_the_kernels_page(tmp_path: Path) -> None:
+    text = written(tmp_path, receipt("bench kernels", kernels()))
+    for words in ("turbo, denoise", "gemm&lt;4&gt;", "60.0 %", "4.40 ms", "6.00 ms", "8x1x1", "20 grids", "162"):
+        assert words in text, words
 
 
 def test_the_memory_page(tmp_path: Path) -> None:

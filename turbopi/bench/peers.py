@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class LerobotSubject:
     It takes every camera slot and every prompt slot and masks the invalid ones, so it computes them all.
 
     Raises:
-        ImportError: lerobot is not installed; says what to install.
+        ImportError: lerobot is not installed, or beside a transformers that it cannot use; says what to install.
         ValueError: the model is not of the published size, which is the only one that lerobot builds.
     """
 
@@ -94,6 +94,7 @@ def _build(config: ModelConfig, device: torch.device, dtype: torch.dtype, compil
         raise ImportError(
             f"--peer lerobot needs LeRobot with its pi extra in this environment ({error}); install 'lerobot[pi]'"
         ) from error
+    _check_transformers()
     settings = configuration.PI05Config(
         dtype={torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype],
         chunk_size=config.horizon,
@@ -104,3 +105,20 @@ def _build(config: ModelConfig, device: torch.device, dtype: torch.dtype, compil
     )
     with torch.device(device):
         return modeling.PI05Pytorch(settings).to(device).eval()
+
+
+def _check_transformers() -> None:
+    """Raise ImportError if lerobot cannot use the transformers beside it: it would fail in the first call."""
+    from packaging.requirements import Requirement  # lerobot requires it too
+
+    try:
+        wanted = [Requirement(line) for line in metadata.requires("lerobot") or ()]
+        there = metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return  # not installed as packages: nobody says what fits
+    for each in wanted:
+        if each.name == "transformers" and there not in each.specifier:
+            raise ImportError(
+                f"lerobot {metadata.version('lerobot')} asks for transformers {each.specifier}, installed is {there}; "
+                f"install 'transformers{each.specifier}'"
+            )

@@ -16,6 +16,7 @@ from .init import Preset
 
 if TYPE_CHECKING:
     from ..bench import Workload
+    from ..bench.kernels import KernelsConfig
     from ..bench.latency import LatencyConfig
     from ..bench.memory import MemoryConfig
 
@@ -25,7 +26,8 @@ class BenchOptions:
     """What to time, and on what.
 
     Attributes:
-        what: latency, or memory: bandwidth against the working set, and a tick against the prefix's length.
+        what: latency; memory: bandwidth against the working set, and a tick against the prefix's length; or kernels: a
+            profile per kernel, stage by stage, on a CUDA GPU.
         workload: libero (2 views, 40 prompt tokens, 10 actions), droid (2, 80, 15) or full (3, 200, 50).
         preset: sizes of the model; pi0 and pi05 are the published ones.
         engines: by name, or name:precision such as turbo:fp8, in turns on the same weights.
@@ -34,7 +36,8 @@ class BenchOptions:
         device: auto, cpu, cuda, cuda:1, ...
         batch: observations at once, 1 to 256; several give a run each.
         calls: timed whole calls of each engine.
-        stage_calls: timed ticks taken apart. Default: a fifth of the calls; for memory, 100 at each length.
+        stage_calls: timed ticks taken apart. Default: a fifth of the calls; for memory, 100 at each length; for
+            kernels, 20 that are profiled.
         warmup: untimed calls.
         blocks: turns into which the calls are divided; the first engine runs one more at the end.
         hz: control rate whose deadline is counted.
@@ -44,12 +47,13 @@ class BenchOptions:
         steps: flow-matching evaluations, instead of 10.
         prompt_lengths: points of the memory curve. Default: both sides of every multiple of 16.
         peer: other implementations to time beside the engines, if they are installed.
+        trace: of kernels: folder that keeps each engine's trace for a trace viewer.
         seed: of the hash weights.
         threads: of torch on a CPU. Default: torch's own choice.
         out: receipt to write. Default: bench_<what>_<preset>_<workload>.json here.
     """
 
-    what: Literal["latency", "memory"] = "latency"
+    what: Literal["latency", "memory", "kernels"] = "latency"
     workload: Literal["libero", "droid", "full"] = "libero"
     preset: Preset = "pi05"
     engines: tuple[str, ...] = ("eager",)
@@ -68,6 +72,7 @@ class BenchOptions:
     steps: int | None = None
     prompt_lengths: tuple[int, ...] = ()
     peer: tuple[Literal["lerobot", "lerobot-compiled"], ...] = ()
+    trace: Path | None = None
     seed: int = 7
     threads: int | None = None
     out: Path | None = None
@@ -84,8 +89,9 @@ class BenchOptions:
         words = (f"{name.replace('_', '-')}{value}" for name, value in changes.items())
         return dataclasses.replace(shape, name="-".join((shape.name, *words)), **changes)
 
-    def settings(self) -> LatencyConfig | MemoryConfig:
+    def settings(self) -> LatencyConfig | MemoryConfig | KernelsConfig:
         """What the measurement is given. Raises ValueError for values that cannot be measured."""
+        from ..bench.kernels import KernelsConfig
         from ..bench.latency import LatencyConfig
         from ..bench.memory import MemoryConfig
         from ..config import preset
@@ -106,6 +112,9 @@ class BenchOptions:
         if self.what == "memory":
             repeats = 100 if self.stage_calls is None else self.stage_calls
             return MemoryConfig(**common, prompt_lengths=self.prompt_lengths, repeats=repeats)
+        if self.what == "kernels":
+            repeats = 20 if self.stage_calls is None else self.stage_calls
+            return KernelsConfig(**common, repeats=repeats, trace=None if self.trace is None else str(self.trace))
         return LatencyConfig(
             **common,
             peers=self.peer,
@@ -138,19 +147,23 @@ def bench(options: Annotated[BenchOptions, tyro.conf.arg(name="")] = _DEFAULTS) 
     name = f"bench_{options.what}_{options.preset}_{settings.workload.name}.json"
     path = write_receipt(options.out or Path(name), f"bench {options.what}", results, dataclasses.asdict(settings))
     console = Console(soft_wrap=True)
-    for table in latency_tables(results) if options.what == "latency" else memory_tables(results):
+    tables = {"latency": latency_tables, "memory": memory_tables, "kernels": kernel_tables}
+    for table in tables[options.what](results):
         console.print(table)
     console.print(f"wrote {path} and {write_bench_report(path)}")
     return 0
 
 
-def _measure(settings: LatencyConfig | MemoryConfig) -> dict[str, Any]:
+def _measure(settings: LatencyConfig | MemoryConfig | KernelsConfig) -> dict[str, Any]:
+    from ..bench.kernels import KernelsConfig, measure_kernels
     from ..bench.latency import LatencyConfig, measure_latency
     from ..bench.memory import measure_memory
 
     with Console(stderr=True).status("starting") as status:
         if isinstance(settings, LatencyConfig):
             return measure_latency(settings, status.update)
+        if isinstance(settings, KernelsConfig):
+            return measure_kernels(settings, status.update)
         return measure_memory(settings, status.update)
 
 
@@ -199,3 +212,17 @@ def memory_tables(results: dict[str, Any]) -> Iterator[Table]:
         cells = [f"{point['tick']['median_ms']:.2f}" for point in points]
         ticks.add_row(str(first["prompt_tokens"]), str(first["prefix_tokens"]), *cells)
     yield ticks
+
+
+def kernel_tables(results: dict[str, Any]) -> Iterator[Table]:
+    """Each engine's kernels by stage: what they add to it, and the median of one launch."""
+    for name, engine in results["engines"].items():
+        for stage, found in engine["stages"].items():
+            title = f"{name}, {stage}: {found['span_ms']:.3f} ms, {found['launches']:g} launches, gaps"
+            rows = Table(
+                "kernel", "launches", "adds ms", "share", "median us", title=f"{title} {found['gaps_ms']:.3f} ms"
+            )
+            for row in found["kernels"]:
+                numbers = (f"{row['own_ms']:.3f}", f"{100 * row['share']:.1f} %", f"{row['median_us']:.1f}")
+                rows.add_row(row["label"], f"{row['count']:g}", *numbers)
+            yield rows

@@ -13,11 +13,11 @@ _LEFT, _BOTTOM, _CEILING = 60, 250, 30
 
 @dataclass(frozen=True)
 class StackRow:
-    """Parts that add up to a whole, (name, value) each; a mark where the least possible lies."""
+    """Parts that add up to a whole, (name, value) each; a mark where the least possible lies, if that is known."""
 
     label: str
     parts: Sequence[tuple[str, float]]
-    mark: float
+    mark: float | None = None
 
 
 def stack_chart(rows: Sequence[StackRow], unit: str) -> str:
@@ -33,8 +33,9 @@ def stack_chart(rows: Sequence[StackRow], unit: str) -> str:
             parts.append(box(x, y, max(value * scale - 1, 0.5), 22, _colour(names.index(name)), title, radius=2))
             x += value * scale
         parts.append(text(x + 8, y + 16, f"{sum(value for _, value in row.parts):.2f} {unit}"))
-        place = _LABEL + row.mark * scale
-        parts.append(line(place, y - 4, place, y + 26, "var(--bad)", 2))
+        if row.mark is not None:
+            place = _LABEL + row.mark * scale
+            parts.append(line(place, y - 4, place, y + 26, "var(--bad)", 2))
     return svg(34 + 36 * len(rows), parts)
 
 

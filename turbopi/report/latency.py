@@ -26,7 +26,8 @@ def write_bench_report(receipt: Path) -> Path:
     if not receipt.is_file():
         raise FileNotFoundError(f"no receipt at {receipt}; write one with `turbo-pi bench --out {receipt}`")
     content = json.loads(receipt.read_text())
-    parts = {"bench latency": _latency, "bench memory": _memory}.get(content.get("what"))
+    known = {"bench latency": _latency, "bench memory": _memory, "bench kernels": _kernels}
+    parts = known.get(content.get("what"))
     if parts is None:
         raise ValueError(f"{receipt} is a receipt of {content.get('what')!r}, expected one of `turbo-pi bench`")
     path = receipt.with_suffix(".html")
@@ -153,3 +154,29 @@ def _memory(results: dict[str, Any]) -> Iterator[str]:
             for p in points
         ]
         yield table(("prompt", "prefix", "tick", "p99", *stages), rows)
+
+
+def _kernels(results: dict[str, Any]) -> Iterator[str]:
+    for name, engine in results["engines"].items():
+        stages, timed = engine["stages"], engine["unprofiled_ms"]
+        whole = sum(stage["span_ms"] for stage in stages.values())
+        yield heading(f"{name}: where a tick goes", f"{engine['profiled']}, {engine['ticks']} ticks under the profiler")
+        tick = f"{timed.get('tick', sum(timed.values())):.2f} ms"
+        launches = f"{engine['tick']['launches']:g}"
+        yield tiles([(tick, "tick, not profiled"), (f"{whole:.2f} ms", "profiled"), (launches, "launches")])
+        yield stack_chart([StackRow(stage, _kernel_parts(found)) for stage, found in stages.items()], "ms")
+        for stage, found in stages.items():
+            note = f"{found['span_ms']:.3f} ms, {found['launches']:g} launches, gaps {found['gaps_ms']:.3f} ms together"
+            yield heading(f"{name}, {stage}", note)
+            header = ("kernel", "launches", "adds ms", "share", "runs ms", "median us", "grids")
+            yield table(header, [_kernel_cells(row) for row in found["kernels"]])
+
+
+def _kernel_parts(stage: dict[str, Any]) -> list[tuple[str, float]]:
+    return [("kernels", sum(row["own_ms"] for row in stage["kernels"])), ("gaps", stage["gaps_ms"])]
+
+
+def _kernel_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    share, grids = f"{100 * row['share']:.1f} %", ", ".join(row["grids"])
+    times = (f"{row['own_ms']:.3f}", share, f"{row['total_ms']:.3f}", f"{row['median_us']:.1f}")
+    return (row["label"], f"{row['count']:g}", *times, grids if len(grids) < 80 else f"{len(row['grids'])} grids")
