@@ -5,13 +5,15 @@
 
 What no receipt tells says "not run yet". A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`.
 Receipts, all in benchmarks/results/: `onnx_parity.json`, `onnx_parity_pi05.json` and `onnx_precisions.json`
-(benchmarks/onnx_parity.py), `onnx_engine_cpu.json` (benchmarks/onnx_engine.py), `onnx_robot.json`
-(examples/onnx_robot/play.py), and the runs `libero_spatial_onnx` and `libero_spatial_eager_cpu` of `turbo-pi eval`.
+(benchmarks/onnx_parity.py), `onnx_engine_cpu.json` and `onnx_engine_h200.json` (benchmarks/onnx_engine.py),
+`onnx_robot.json` (examples/onnx_robot/play.py), and the runs `libero_spatial_onnx` and `libero_spatial_eager_cpu` of
+`turbo-pi eval`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tyro
@@ -101,24 +103,26 @@ def lower_precisions() -> str:
     return markdown_table(header, rows)
 
 
-def engine() -> str:
-    """Ticks and stages on a CPU, all engines in one run."""
-    found = receipt("onnx_engine_cpu", RESULTS)
+def engine(name: str, where: str) -> str:
+    """Ticks and stages of all engines in one run; `where` is the machine's word for what they ran on."""
+    found = receipt(name, RESULTS)
     if found is None:
         return NOT_RUN
-    results = found["results"]
+    results, machine = found["results"], found["machine"]
+    digits = 0 if where == "cpu" else 2
     rows = []
-    for name, ratio in results["ratio_to_eager"].items():
-        stages = " / ".join(f"{ms:.0f}" for ms in results["stages_median_ms"][name].values())
-        handed = results["hand_over_ms"].get(name, {})
+    for each, ratio in results["ratio_to_eager"].items():
+        stages = " / ".join(f"{ms:.{digits}f}" for ms in results["stages_median_ms"][each].values())
+        handed = results["hand_over_ms"].get(each, {})
         cost = ", ".join(f"{place}: {told['median']:.2f} ms" for place, told in handed.items()) or "-"
-        tick = results["tick"][name]["median_ms"]
-        apart = results["actions_max_relative_to_eager"][name]
-        rows.append((f"`{name}`", f"{tick:.0f} ms", f"{ratio:.2f}", stages, cost, f"{apart:.0e}" if apart else "0"))
+        tick = results["tick"][each]["median_ms"]
+        apart = results["actions_max_relative_to_eager"][each]
+        apart_cell = f"{apart:.0e}" if apart else "0"
+        rows.append((f"`{each}`", f"{tick:.{digits}f} ms", f"{ratio:.2f}", stages, cost, apart_cell))
     header = ("engine", "tick, median", "of eager", "stages, ms", "handing over", "actions apart from eager")
-    machine = found["machine"]
-    where = f"{machine['cpu']}, {machine['torch_threads']} thread(s), {results['tick']['eager']['count']} ticks each"
-    return f"{markdown_table(header, rows)}\n\n{where}."
+    count = f"{results['tick']['eager']['count']} ticks each"
+    ran = f"{machine['cpu']}, {machine['torch_threads']} thread(s)" if where == "cpu" else machine[where][0]
+    return f"{markdown_table(header, rows)}\n\n{ran}, {count}."
 
 
 def closed_loop() -> str:
@@ -147,7 +151,8 @@ def closed_loop() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "lower precisions": lower_precisions,
-    "engine": engine,
+    "engine": partial(engine, "onnx_engine_cpu", "cpu"),
+    "engine on a GPU": partial(engine, "onnx_engine_h200", "gpus"),
     "closed loop": closed_loop,
 }
 

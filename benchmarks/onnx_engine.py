@@ -2,6 +2,7 @@
 
     python benchmarks/onnx_engine.py                                    # checkpoints/pi05-libero-small, 2 threads
     python benchmarks/onnx_engine.py --checkpoint DIR --rounds 50
+    python benchmarks/onnx_engine.py --device cuda                      # float32 and sixteen bits, beside graphed
 
 Real LIBERO frames (tests/data/libero_frames.npz) through the policy's transforms. Every round runs each engine once, so
 that a busy machine is busy for all of them; ratios are of medians. Also how far the actions are from eager's.
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from torch import Tensor
 from turbopi import ModelInput, load_model, load_policy
 from turbopi.bench import summary, write_receipt
 from turbopi.checkpoint import open_checkpoint
-from turbopi.engine import STAGES, Engine, MixedEngine, TickEngine, create_engine, sample_actions
-from turbopi.export import weights_of_checkpoint
+from turbopi.engine import STAGES, DescribedEngine, Engine, MixedEngine, create_engine, sample_actions
+from turbopi.export import ExportSpec, export, weights_of_checkpoint, weights_of_model
 from turbopi.quant import Calibration, PrecisionPlan, Quantisation, model_hash
 from turbopi.quant.observe import input_ranges, watch
 
@@ -57,7 +59,7 @@ def observed(checkpoint: Path, count: int) -> list[Observed]:
     return found
 
 
-def engines(checkpoint: Path, frames: list[Observed], steps: int) -> dict[str, Engine]:
+def cpu_engines(checkpoint: Path, frames: list[Observed], steps: int) -> dict[str, Engine]:
     """Eager, onnx in float32 and int8, and one stage of each kind moved to onnx."""
     model = load_model(checkpoint)
     held = load_model(checkpoint, dtype=torch.bfloat16)
@@ -65,10 +67,30 @@ def engines(checkpoint: Path, frames: list[Observed], steps: int) -> dict[str, E
     calibration = Calibration(model_hash(held), "libero", "the timed frames", len(frames), "max", 100.0, ranges)
     made = {name: create_engine(name, model, "fp32") for name in ("eager", "onnx", *MIXED)}
     made["onnx int8"] = create_engine("onnx", held, "int8", Quantisation(PrecisionPlan("int8"), calibration))
-    for engine in made.values():
-        if isinstance(engine, TickEngine):
-            engine.warm_up(int(frames[0][0].image_mask.sum()), steps)
     return made
+
+
+def gpu_engines(checkpoint: Path, frames: list[Observed], steps: int) -> dict[str, Engine]:
+    """Eager and its graphs beside onnx, in float32 and in sixteen bits."""
+    exact, held = (load_model(checkpoint, device="cuda", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    made = {name: create_engine(name, exact, "fp32") for name in ("eager", "graphed", "onnx")}
+    made |= {f"{name} bf16": create_engine(name, held, "bf16") for name in ("graphed", "onnx")}
+    views = int(frames[0][0].image_mask.sum())
+    longest = max(int(inputs.token_mask.sum()) for inputs, _ in frames)
+    spec = ExportSpec(precision="fp16", steps=steps, views=views, prompt_buckets=(-(-longest // 16) * 16,))
+    with tempfile.TemporaryDirectory() as folder:
+        export(weights_of_model(held), spec, Path(folder))
+        made["onnx fp16"] = create_engine(f"onnx:{folder}", held, "bf16")
+        run_all({"onnx fp16": made["onnx fp16"]}, frames, steps)  # opens its graphs while they are there
+    return made
+
+
+def run_all(made: Mapping[str, Engine], frames: list[Observed], steps: int) -> None:
+    """Every frame through every engine, which may open, compile or capture what it needs."""
+    for engine in made.values():
+        for inputs, noise in frames:
+            sample_actions(engine, inputs, noise, steps)
+            stages(engine, inputs, noise, steps)
 
 
 def stages(engine: Engine, inputs: ModelInput, noise: Tensor, steps: int) -> list[float]:
@@ -77,6 +99,7 @@ def stages(engine: Engine, inputs: ModelInput, noise: Tensor, steps: int) -> lis
 
     def timed(work: Callable[[], Any]) -> Any:
         result = work()
+        engine.synchronize()
         times.append(time.perf_counter())
         return result
 
@@ -86,10 +109,12 @@ def stages(engine: Engine, inputs: ModelInput, noise: Tensor, steps: int) -> lis
     return [1e3 * (b - a) for a, b in itertools.pairwise(times)]
 
 
-def measure(checkpoint: Path, rounds: int, steps: int, count: int) -> dict[str, Any]:
-    """Times of whole ticks and of stages, and how far the actions are apart."""
+def measure(checkpoint: Path, device: str, rounds: int, steps: int, count: int) -> dict[str, Any]:
+    """Times of whole ticks and of stages, how far actions are apart, and whether a frame has the same bits again."""
     frames = observed(checkpoint, count)
-    made = engines(checkpoint, frames, steps)
+    made = (cpu_engines if device == "cpu" else gpu_engines)(checkpoint, frames, steps)
+    run_all(made, frames, steps)
+    firsts = {name: sample_actions(engine, *frames[0], steps) for name, engine in made.items()}
     ticks: dict[str, list[float]] = {name: [] for name in made}
     parts: dict[str, list[list[float]]] = {name: [] for name in made}
     apart = dict.fromkeys(made, 0.0)
@@ -109,6 +134,10 @@ def measure(checkpoint: Path, rounds: int, steps: int, count: int) -> dict[str, 
         "prompt_tokens": [int(inputs.token_mask.sum()) for inputs, _ in frames],
         "ratio_to_eager": {name: value / medians["eager"] for name, value in medians.items()},
         "actions_max_relative_to_eager": apart,
+        "same_bits_at_the_end": {
+            name: torch.equal(sample_actions(engine, *frames[0], steps), firsts[name]) for name, engine in made.items()
+        },
+        "engines": {name: engine.describe() for name, engine in made.items() if isinstance(engine, DescribedEngine)},
         "tick": {name: summary(values, keep=200) for name, values in ticks.items()},
         "stages_median_ms": {
             name: dict(zip(STAGES, np.median(values, axis=0).tolist(), strict=True)) for name, values in parts.items()
@@ -123,18 +152,22 @@ def main() -> int:
     """Measure and write the receipt; 0 if onnx is not slower than eager."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "pi05-libero-small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "onnx_engine_cpu.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/onnx_engine_cpu.json, or _cuda.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = measure(arguments.checkpoint, arguments.rounds, arguments.steps, arguments.frames)
+    given = arguments.checkpoint, arguments.device, arguments.rounds, arguments.steps, arguments.frames
+    results = measure(*given)
     for name, ratio in results["ratio_to_eager"].items():
-        print(f"{name:40s} {results['tick'][name]['median_ms']:8.1f} ms  {ratio:5.2f} of eager")
+        parts = ", ".join(f"{ms:.2f}" for ms in results["stages_median_ms"][name].values())
+        print(f"{name:40s} {results['tick'][name]['median_ms']:8.2f} ms  {ratio:5.2f} of eager  stages {parts}")
     config = {key: str(value) for key, value in vars(arguments).items()}
-    print(write_receipt(arguments.out, "engine onnx beside eager", results, config))
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"onnx_engine_{arguments.device}.json"
+    print(write_receipt(out, "engine onnx beside eager", results, config))
     return 0 if results["ratio_to_eager"]["onnx"] <= 1.0 else 1
 
 

@@ -199,12 +199,54 @@ def test_a_gpu_is_asked_for_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from turbopi.engine.onnx import session
 
     cuda = torch.device("cuda", 1)
+    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ValueError, match=r"no provider for the device cuda:1 here.*install onnxruntime-gpu"):
         session.OnnxRunner(cuda, eight_bit_floats=False)
     monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     stream = SimpleNamespace(cuda_stream=4711)
     found = session.providers(cuda, stream)  # type: ignore[arg-type]
-    assert found == [("CUDAExecutionProvider", {"device_id": 1, "user_compute_stream": "4711"})]
+    ((provider, options),) = found
+    assert provider == "CUDAExecutionProvider"
+    assert options == {"device_id": 1, "user_compute_stream": "4711", "use_tf32": "0"}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (None, "could not load its provider for cuda:0; it needs the CUDA and cuDNN libraries"),
+        ("CUDA failure 35: CUDA driver version is insufficient", r"cannot use cuda:0 for g\.onnx: CUDA failure 35"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_no_cpu(said: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself would go on without the provider."""
+    from turbopi.engine.onnx import session
+
+    def opened(*_: object, **asked: object) -> SimpleNamespace:
+        assert asked["enable_fallback"] == 0
+        if said is not None:
+            raise RuntimeError(said)
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(session.ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(session.ort, "InferenceSession", opened)
+    with pytest.raises(ValueError, match=message):
+        session.open_session(Path("g.onnx"), torch.device("cuda", 0), eight_bit_floats=False)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_norms_of_bfloat16_graphs_stay_apart(bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined with their scales they would need a kernel that the CUDA provider has not."""
+    from turbopi.engine.onnx import session
+
+    asked: dict[str, list[str]] = {}
+
+    def opened(*_: object, **given: list[str]) -> SimpleNamespace:
+        asked.update(given)
+        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(session.ort, "InferenceSession", opened)
+    session.open_session(Path("g.onnx"), torch.device("cpu"), eight_bit_floats=False, bfloat16=bfloat16)
+    assert ("SimplifiedLayerNormFusion" in asked["disabled_optimizers"]) == bfloat16
 
 
 def test_the_package_does_without_onnx() -> None:

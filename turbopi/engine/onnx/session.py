@@ -27,7 +27,9 @@ def providers(device: torch.device, stream: torch.cuda.Stream | None) -> list[tu
         return [("CPUExecutionProvider", {})]
     check_cuda(device)
     handle = "0" if stream is None else str(stream.cuda_stream)
-    return [("CUDAExecutionProvider", {"device_id": device.index or 0, "user_compute_stream": handle})]
+    # Float32 products are float32 unless told otherwise: ONNX Runtime would round their operands to TF32.
+    options = {"device_id": device.index or 0, "user_compute_stream": handle, "use_tf32": "0"}
+    return [("CUDAExecutionProvider", options)]
 
 
 def check_cuda(device: torch.device) -> None:
@@ -41,11 +43,17 @@ def check_cuda(device: torch.device) -> None:
 
 
 def open_session(
-    path: Path, device: torch.device, stream: torch.cuda.Stream | None = None, *, eight_bit_floats: bool
+    path: Path,
+    device: torch.device,
+    stream: torch.cuda.Stream | None = None,
+    *,
+    eight_bit_floats: bool,
+    bfloat16: bool = False,
 ) -> ort.InferenceSession:
-    """A session over a graph's file.
+    """A session over a graph's file, which holds fp8 or bfloat16 values or does not.
 
-    Raises CheckpointError if the file or its weights cannot be read, ValueError if an operator cannot be run here.
+    Raises CheckpointError if the file or its weights cannot be read, ValueError if an operator cannot be run here or
+    the GPU cannot be used.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -57,19 +65,37 @@ def open_session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     # It joins int8 products with their biases into a Gemm of types that ONNX Runtime 1.31 then refuses.
     disabled = ["MatMulAddFusion"]
+    if bfloat16:
+        # It joins float32 norms with bfloat16 scales into one node, for which the CUDA provider has no kernel.
+        disabled.append("SimplifiedLayerNormFusion")
+    asked = providers(device, stream)
     try:
-        return ort.InferenceSession(
-            str(path), options, providers=providers(device, stream), disabled_optimizers=disabled
+        session = ort.InferenceSession(
+            str(path), options, providers=asked, disabled_optimizers=disabled, enable_fallback=0
         )
-    except Exception as error:  # ONNX Runtime's own exceptions share no other base
-        if type(error).__module__.startswith("onnxruntime") and "NOT_IMPLEMENTED" in str(error):
-            raise ValueError(
-                f"ONNX Runtime cannot run {path.name} on {device.type!r}: {error}; choose another precision, such as "
-                "'fp32'"
-            ) from error
-        if type(error).__module__.startswith("onnxruntime"):
-            raise CheckpointError(f"ONNX Runtime cannot read {path}: {error}; export again, or copy it") from error
-        raise
+    except Exception as error:  # ONNX Runtime's own exceptions share no other base, and some are bare RuntimeErrors
+        if not type(error).__module__.startswith("onnxruntime") and not isinstance(error, RuntimeError):
+            raise
+        raise _explained(error, path, device) from error
+    if asked[0][0] not in session.get_providers():
+        # It goes on without a provider whose library it cannot load, and would take the GPU's addresses for the host's.
+        raise ValueError(
+            f"ONNX Runtime {ort.__version__} could not load its provider for {device}; it needs the CUDA and cuDNN "
+            "libraries of the release that it was built for (onnxruntime.print_debug_info() names them): install "
+            "those, or load the model on 'cpu'"
+        )
+    return session
+
+
+def _explained(error: Exception, path: Path, device: torch.device) -> Exception:
+    """What ONNX Runtime's refusal of a graph means."""
+    if "NOT_IMPLEMENTED" in str(error) or "Failed to find kernel" in str(error):
+        return ValueError(
+            f"ONNX Runtime cannot run {path.name} on {device.type!r}: {error}; choose another precision, such as 'fp32'"
+        )
+    if "CUDA failure" in str(error):
+        return ValueError(f"ONNX Runtime cannot use {device} for {path.name}: {error}; load the model on 'cpu'")
+    return CheckpointError(f"ONNX Runtime cannot read {path}: {error}; export again, or copy it")
 
 
 class BoundSession:
@@ -91,16 +117,12 @@ class BoundSession:
         given: Mapping[str, Tensor],
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self.session = session
         self._stream = stream
+        self.session = session
         self.device = device
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._binding = session.io_binding()
-        self._options = ort.RunOptions()
-        if stream is not None:
-            # Waiting is done on the GPU, between the streams.
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         for port in info.inputs:
             tensor = given.get(port.name)
             if tensor is None:
@@ -115,13 +137,17 @@ class BoundSession:
         bind(name, self.device.type, self.device.index or 0, _ELEMENTS[dtype], tuple(tensor.shape), tensor.data_ptr())
 
     def run(self) -> None:
-        """Compute the outputs from the inputs; on a GPU in the order of the current stream."""
+        """Compute the outputs from the inputs; on a GPU after what the current stream was asked for.
+
+        ONNX Runtime waits for its stream at the end of a run, and must. Told not to, it keeps the pinned memory of all
+        runs until the session goes, and frees it from a callback of the stream: CUDA forbids that, the process ends.
+        """
         if self._stream is None:
-            self.session.run_with_iobinding(self._binding, self._options)
+            self.session.run_with_iobinding(self._binding)
             return
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        self.session.run_with_iobinding(self._binding, self._options)
+        self.session.run_with_iobinding(self._binding)
         current.wait_stream(self._stream)
 
 
@@ -139,7 +165,14 @@ class OnnxRunner:
 
     def open(self, found: FoundGraph, given: Mapping[str, Tensor]) -> BoundSession:
         """See `GraphRunner`."""
-        session = open_session(found.path, self.device, self._stream, eight_bit_floats=self.eight_bit_floats)
+        ports = (*found.info.inputs, *found.info.outputs)
+        session = open_session(
+            found.path,
+            self.device,
+            self._stream,
+            eight_bit_floats=self.eight_bit_floats,
+            bfloat16=any(port.dtype == "bfloat16" for port in ports),
+        )
         return BoundSession(session, found.info, self.device, given, self._stream)
 
     def describe(self) -> dict[str, Any]:
