@@ -107,7 +107,11 @@ def tune(cases: list[Case], options: Options, console: Console) -> dict[str, Any
 
 
 def engines_way(case: Case, call: Fp8Call) -> tuple[str, GemmConfig | None]:
-    """Whether it is Triton's or the library's, and with which tiles."""
+    """Which way it is, and with which tiles if it is Triton's."""
+    if case.sizes[0] > FEW_ROWS and "tiled" in call.ways:
+        return "tiled", None
+    if case.op in ("fp8_linear", "fp8_stream_linear") and case.variant == "fp8 plain":
+        return "two scales", None
     found = tuning.tuned(case.op, GemmConfig, call.outputs[0].new_empty(0, dtype=E4M3), case.sizes)
     return ("triton" if found is not None or case.sizes[0] <= FEW_ROWS else "library"), found
 
@@ -138,7 +142,7 @@ def measure(case: Case, options: Options) -> dict[str, Any]:
 
 def report(lines: list[dict[str, Any]], title: str) -> Table:
     """Microseconds of every way, and what each way of summing costs, relative."""
-    ways = ("triton", "library", "bf16", "channel scales", "two scales", "exact sums")
+    ways = ("triton", "library", "bf16", "channel scales", "two scales", "exact sums", "tiled")
     sums = ("fast", "exact", "triton")
     names = ("product", "M x N x K", "engine", "us", *ways, "TFLOP/s", "GB/s", *(f"{name} sums" for name in sums))
     table = Table(*names, title=title)

@@ -2,6 +2,7 @@
 
     python benchmarks/rows_loop.py
     python benchmarks/rows_loop.py --tune
+    python benchmarks/rows_loop.py --expert fp8 --out benchmarks/results/rows_loop_fp8.json
 
 Error against float32, bits from run to run, time, and what each kernel of a layer is worth. Random weights of the
 full-size expert, so that weights come from memory as they do in use. `--tune` measures the fused products in other
@@ -35,10 +36,12 @@ from turbopi.engine.turbo.fused import FusedLoop
 from turbopi.engine.turbo.graphs import ieee_float32
 from turbopi.engine.turbo.ops import Ops, triton_ops, twin_ops
 from turbopi.engine.turbo.weights import TurboWeights
-from turbopi.kernels import GemmConfig, tuning
+from turbopi.kernels import E4M3, GemmConfig, tuning
 from turbopi.quant.fold import Affine, FoldedExpert, FoldedGemmaBlock, FoldedState, Schedule
+from turbopi.quant.fp8 import to_fp8_weight
 
 DEVICE = torch.device("cuda")
+WATCHED = {"row_qkv": "qkv", "row_parts": "", "row_geglu": "gate_up"}
 LAYER = ("qkv", "attention", "out", "norms", "geglu", "down")
 
 
@@ -52,6 +55,8 @@ class Options:
     """Actions; π0 has a row more."""
     batch: int = 1
     """Observations."""
+    expert: Literal["bf16", "fp8"] = "bf16"
+    """Format of the expert's products; inputs of fp8 ones are scaled by what one run in bf16 shows."""
     prefix: int = 968
     """Prefix tokens of each."""
     steps: int = 10
@@ -67,7 +72,7 @@ class Options:
 class Case:
     """Random weights, schedule, cache and noise of one shape, and buffers to work in."""
 
-    def __init__(self, options: Options, steps: int, dtype: torch.dtype) -> None:
+    def __init__(self, options: Options, steps: int, dtype: torch.dtype, amax: dict[str, float] | None = None) -> None:
         self._generator = torch.Generator(DEVICE).manual_seed(0)
         self.config = replace(preset(options.kind), horizon=options.horizon)
         self.steps = steps
@@ -75,20 +80,20 @@ class Case:
         inner, kv = expert.heads * expert.head_dim, expert.kv_heads * expert.head_dim
         query = torch.ones(inner + 2 * kv, 1, device=DEVICE)
         query[:inner] = expert.head_dim**-0.5
-        blocks = tuple(
-            FoldedGemmaBlock(
-                *(
-                    t.bfloat16().to(dtype)
-                    for t in (
-                        draw(inner + 2 * kv, expert.width) * query,
-                        draw(expert.width, inner),
-                        draw(2 * expert.mlp_dim, expert.width),
-                        draw(expert.width, expert.mlp_dim),
-                    )
+        blocks = []
+        for _ in range(expert.depth):
+            matrices = {
+                "qkv": draw(inner + 2 * kv, expert.width) * query,
+                "out": draw(expert.width, inner),
+                "gate_up": draw(2 * expert.mlp_dim, expert.width),
+                "down": draw(expert.width, expert.mlp_dim),
+            }
+            kept = {name: t.bfloat16().to(dtype) for name, t in matrices.items()}
+            blocks.append(
+                FoldedGemmaBlock(
+                    **{name: t if amax is None else to_fp8_weight(t, amax[name]) for name, t in kept.items()}
                 )
             )
-            for _ in range(expert.depth)
-        )
         slots = options.prefix + self.config.suffix_tokens
         half = expert.head_dim // 2
         angles = torch.arange(slots, device=DEVICE)[:, None] / 10000 ** (torch.arange(half, device=DEVICE) / half)
@@ -97,14 +102,15 @@ class Case:
             state = FoldedState(
                 self._affine(expert.width, self.config.state_dim), self._affine(expert.width, expert.width)
             )
-        known = {"expert": FoldedExpert(blocks, state), "cos": angles.cos(), "sin": angles.sin()}
+        known: dict[str, Any] = {"expert": FoldedExpert(tuple(blocks), state), "cos": angles.cos(), "sin": angles.sin()}
         known |= {"dtype": dtype, "vision_dtype": dtype, "vision": None, "prefix": None}
         # Of the other towers there is nothing here.
         self.weights = TurboWeights(**{f.name: known.get(f.name, ()) for f in fields(TurboWeights)})
         self.schedule = self._schedule(steps)
         size = (expert.depth, options.batch, expert.kv_heads, slots, expert.head_dim)
         keys, values = (torch.randn(size, generator=self._generator, device=DEVICE).bfloat16() for _ in range(2))
-        specs = denoise_specs(self.config, Bucket(options.batch, self.config.cameras, self.config.max_tokens), dtype)
+        bucket = Bucket(options.batch, self.config.cameras, self.config.max_tokens)
+        specs = denoise_specs(self.config, bucket, dtype, fp8=amax is not None)
         denoise = build(DenoiseBuffers, lambda _, spec: torch.zeros(spec[0], dtype=spec[1], device=DEVICE), specs)
         prefill = SimpleNamespace(keys=keys.to(dtype), values=values.to(dtype))
         self.buffers = cast(Buffers, SimpleNamespace(prefill=prefill, denoise=denoise))
@@ -137,6 +143,29 @@ class Case:
         return lambda: loop.run(self.request, self.buffers, self.steps)
 
 
+def amax_of(case: Case) -> dict[str, float]:
+    """How far the inputs of an expert's products reach in bf16."""
+    ops, found = triton_ops(), dict.fromkeys(("qkv", "out", "gate_up", "down"), 0.0)
+
+    def noted(name: str, op: Callable[..., None]) -> Callable[..., None]:
+        def run(x: Tensor, *rest: Any, **more: Any) -> None:
+            product = name or ("down" if x.shape[1] == case.config.expert.mlp_dim else "out")
+            found[product] = max(found[product], float(x.abs().max()))
+            op(x, *rest, **more)
+
+        return run
+
+    watched: dict[str, Any] = {name: noted(product, getattr(ops, name)) for name, product in WATCHED.items()}
+    case.work(FusedLoop, replace(ops, **watched))()
+    return found
+
+
+def case_of(options: Options, steps: int) -> Case:
+    """With the expert's products in the format that is asked for."""
+    plain = Case(options, steps, torch.bfloat16)
+    return plain if options.expert == "bf16" else Case(options, steps, torch.bfloat16, amax_of(plain))
+
+
 def milliseconds(work: Callable[[], None], repeats: int) -> tuple[float, Callable[[], None]]:
     """The median time of a replay, and what replays."""
     replay = CudaGraphRecorder(DEVICE).record(work)
@@ -154,24 +183,27 @@ def ops_of(mlp_dim: int, tiles: dict[str, GemmConfig] | None = None, without: st
     tiles = tiles or {}
 
     def product(name: str, op: Callable[..., None]) -> Callable[..., None]:
-        def run(*tensors: Any) -> None:
+        def run(*tensors: Any, **scales: Any) -> None:
             named = name or ("down" if tensors[0].shape[1] == mlp_dim else "out")
             if named != without:
-                op(*tensors, tiles.get(named))
+                op(*tensors, config=tiles.get(named), **scales)
 
         return run
 
-    nothing: dict[str, Callable[..., None]] = {
+    nothing: dict[str, Any] = {
         {"attention": "row_attention", "norms": "row_sum_norm"}.get(without, ""): lambda *_, **__: None
     }
     nothing.pop("", None)
-    products = {"row_qkv": product("qkv", kernels.row_qkv), "row_geglu": product("geglu", kernels.row_geglu)}
+    products: dict[str, Any] = {
+        "row_qkv": product("qkv", kernels.row_qkv),
+        "row_geglu": product("geglu", kernels.row_geglu),
+    }
     return replace(triton_ops(), **products, row_parts=product("", kernels.row_parts), **nothing)
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Both loops: time, error of what the steps move, whether runs give the same bits; and a layer in parts."""
-    exact, case = Case(options, options.steps, torch.float32), Case(options, options.steps, torch.bfloat16)
+    exact, case = Case(options, options.steps, torch.float32), case_of(options, options.steps)
     with ieee_float32():
         exact.work(RowsLoop, twin_ops())()
     noise = case.noise.view_as(case.buffers.denoise.x_t)
@@ -197,16 +229,19 @@ def measure(options: Options) -> dict[str, Any]:
     return results
 
 
-def _tiles(columns: tuple[int, ...]) -> list[GemmConfig]:
+def _tiles(columns: tuple[int, ...], itemsize: int) -> list[GemmConfig]:
     """Of Hopper's kernels with rings of rows, and of Triton's."""
-    rings = [(64, 4), (64, 8), (128, 2), (128, 4), (256, 2)]
+    rings = [(128, 4), (128, 8), (256, 2), (256, 4), (512, 2)]
+    rings = [(row_bytes // itemsize, stages) for row_bytes, stages in rings]
     hopper = [GemmConfig(64, n, k, 1, 4, stages, descriptors=True) for n in columns for k, stages in rings]
-    return [*hopper, *(GemmConfig(64, n, k, 1, 4, s) for n in columns for k, s in ((64, 8), (128, 4)))]
+    plain = [(128 // itemsize, 8), (256 // itemsize, 4)]
+    return [*hopper, *(GemmConfig(64, n, k, 1, 4, s) for n in columns for k, s in plain)]
 
 
 def tune(options: Options, console: Console) -> dict[str, Any]:
     """Each product's tiles in turn, by the time of two steps of the loop; writes the best. Returns what was tried."""
-    case, cuts = Case(options, 2, torch.bfloat16), FusedLoop.cuts
+    case = case_of(options, 2)
+    cuts, dtype = (FusedLoop.fp8, E4M3) if options.expert == "fp8" else (FusedLoop.bf16, torch.bfloat16)
     expert, rows = case.config.expert, options.batch * case.config.suffix_tokens
     inner, layers = expert.heads * expert.head_dim, 2 * expert.depth
     products = {
@@ -221,7 +256,7 @@ def tune(options: Options, console: Console) -> dict[str, Any]:
     tried: dict[str, Any] = {}
     for name, (op, sizes, columns) in products.items():
         times = {}
-        for config in _tiles(columns):
+        for config in _tiles(columns, dtype.itemsize):
             try:
                 work = case.work(FusedLoop, ops_of(expert.mlp_dim, best | {name: config}))
                 times[config] = milliseconds(work, 9)[0] * 1e3 / layers
@@ -229,7 +264,7 @@ def tune(options: Options, console: Console) -> dict[str, Any]:
                 console.print(f"{name} {config}: {error}")
         best[name] = min(times, key=times.__getitem__)
         tried[name] = {str(config): us for config, us in times.items()}
-        content["configs"].setdefault(op, {})[tuning.key(torch.bfloat16, sizes)] = asdict(best[name])
+        content["configs"].setdefault(op, {})[tuning.key(dtype, sizes)] = asdict(best[name])
         console.print(f"{name}: {best[name]}, {times[best[name]]:.2f} us a layer")
     file.write_text(json.dumps(content, indent=1) + "\n")
     tuning.forget()

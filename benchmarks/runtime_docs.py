@@ -29,6 +29,11 @@ NOT_RUN = "*not run yet*"
 Rows = dict[str, dict[str, Any]]
 
 
+EAGER = "runtime_eager"
+"""Beginning of the name of the receipt of what eager played: modes, and guidance with the true Jacobian."""
+WAYS = {"": "swapped", "_rtc": "guided", "_short": "guided, executed part only", "_vjp": "guided, true Jacobian"}
+
+
 @dataclass(frozen=True)
 class Options:
     """What to do."""
@@ -60,9 +65,9 @@ def receipt(options: Options, name: str) -> dict[str, Any] | None:
     return json.loads(found[0].read_text())["results"] if found else None
 
 
-def settings(options: Options) -> Rows:
-    """The closed loop's rows by name; empty without a receipt."""
-    results = receipt(options, "runtime_closed_loop")
+def settings(options: Options, name: str = "runtime_closed_loop") -> Rows:
+    """The rows of a closed loop's receipt by name; empty without one."""
+    results = receipt(options, name)
     return {} if results is None else {row["name"]: row for row in results["settings"]}
 
 
@@ -154,8 +159,8 @@ def threshold_table(options: Options) -> str | None:
 
 
 def mode_table(options: Options) -> str | None:
-    """Success by mode, and synchronised against mixed."""
-    rows = settings(options)
+    """Success by mode, and synchronised against mixed: eager's."""
+    rows = settings(options, EAGER)
     if not rows:
         return None
     names = [f"{kind}_every{every}" for every in (2, 4) for kind in ("synchronised", "mixed")]
@@ -169,16 +174,24 @@ def mode_table(options: Options) -> str | None:
 
 
 def delay_table(options: Options) -> str | None:
-    """Success and jerk by delay."""
+    """Success and jerk by delay; what was not run has its row, too."""
     rows = settings(options)
-    if not rows:
-        return None
-    ways = {"": "swapped", "_rtc": "guided", "_short": "guided, executed part only", "_vjp": "guided, true Jacobian"}
+    return delay_lines(rows, (*WAYS,)[:2]) if rows else None
+
+
+def eager_delay_table(options: Options) -> str | None:
+    """The same of the delays that eager played."""
+    rows = settings(options, EAGER)
+    return delay_lines(rows, ()) if rows else None
+
+
+def delay_lines(rows: Rows, always: tuple[str, ...]) -> str:
+    """A line for each delay and way that was played, and for those of `always`."""
     lines = []
     for delay in range(9):
-        for suffix, how in ways.items():
+        for suffix, how in WAYS.items():
             row = rows.get(f"delay{delay}{suffix}")
-            if row is None and suffix in ("_vjp", "_short"):
+            if row is None and suffix not in always:
                 continue
             held = "" if row is None else f"{100 * row['held_ticks'] / max(row['control_ticks'], 1):.1f} %"
             jerk = "" if row is None or row["jerk"] is None else f"{row['jerk']:.3f}"
@@ -230,6 +243,7 @@ TABLES: dict[str, Callable[[Options], str | None]] = {
     "thresholds": threshold_table,
     "modes": mode_table,
     "delays": delay_table,
+    "delays of eager": eager_delay_table,
     "pareto": pareto_table,
     "soak": soak_table,
 }

@@ -303,6 +303,16 @@ def test_input_is_checked(reference: Pi0) -> None:
         engine.sample_actions(x, noise, 0)
 
 
+def test_noise_is_judged_by_its_values_not_by_their_squares() -> None:
+    engine = twins(model("pi05-tiny"))
+    x, noise = observation(engine.config, [9])
+    noise[0, 0, 0] = 1e30
+    engine.place(x, noise, 2)
+    noise[0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="noise holds NaN"):
+        engine.place(x, noise, 2)
+
+
 def test_stages_check_their_input(reference: Pi0) -> None:
     engine, config = twins(reference), reference.config
     x, noise = observation(config, [9, 9])

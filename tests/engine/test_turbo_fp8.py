@@ -17,9 +17,11 @@ from turbopi.engine.turbo.fp8_ops import (
     fp8_geglu_matmul,
     fp8_gelu_matmul,
     fp8_matmul,
+    fp8_sums,
     library_fp8_matmul,
     row_scales,
     twin_fp8_matmul,
+    twin_fp8_sums,
 )
 from turbopi.engine.turbo.ops import twin_ops
 from turbopi.engine.turbo.persistent import obstacles
@@ -205,6 +207,11 @@ def test_the_library_is_called_as_the_twin() -> None:
         library_fp8_matmul(x, kept, got, extra)
         twin_fp8_matmul(x, kept, want, extra)
         assert relative(got, want) <= 4e-3
+    fp8_sums(x, kept, got)
+    twin_fp8_sums(x, kept, want)
+    assert relative(got, want) <= 4e-3
+    twin_fp8_matmul(x, kept, scaled := torch.empty(70, 48))
+    torch.testing.assert_close(want * kept.scale, scaled)
     assert row_scales(x).data_ptr() == row_scales(torch.empty(500, 1)).data_ptr()
     assert row_scales(torch.empty(3000, 1)).shape == (3000, 1)
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from captured_support import model, observation
+from fp8_support import calibrated, quantisation_of
 from turbo_support import STAGE_TOLERANCE, relative, twins
 
-from turbopi import preset
-from turbopi.engine import create_engine
+from turbopi import Pi0, preset
+from turbopi.engine import base, create_engine
 from turbopi.engine.turbo import TurboEngine
 from turbopi.engine.turbo.buffers import MOST_FUSED_ROWS
 from turbopi.engine.turbo.fused import Cuts, FusedLoop, fused_obstacles
@@ -21,7 +22,7 @@ def fused(engine: TurboEngine, batch: int, cuts: Cuts | None = None) -> TurboEng
     """The engine with this loop for a batch size, whatever its rule says."""
     loop = FusedLoop(engine.config, engine._weights, engine._ops, engine._schedules)
     if cuts is not None:
-        loop.cuts = cuts
+        loop.bf16 = loop.fp8 = cuts
     engine._loops[batch] = loop
     return engine
 
@@ -35,7 +36,9 @@ def test_it_is_the_reference(name: str, batch: tuple[list[int], list[tuple[bool,
     engine = fused(twins(reference), len(batch[0]))
     actions = engine.sample_actions(x, noise, 3)
     assert relative(actions, reference.sample_actions(x, noise, 3)) <= STAGE_TOLERANCE
-    assert engine.describe()["denoise_loop"] == {str(len(batch[0])): "fused"}
+    told = engine.describe()
+    assert told["denoise_loop"] == {str(len(batch[0])): "fused"}
+    assert "weights in torch.float32" in told["suffix_attention"][str(len(batch[0]))]
 
 
 @pytest.mark.parametrize("cuts", [Cuts(1, 1, 1), Cuts(9, 2, 8)], ids=str)
@@ -58,6 +61,33 @@ def test_in_bfloat16_it_errs_as_little_as_the_reference(name: str) -> None:
     assert relative(ours, truth) <= 1.2 * relative(rounded.sample_actions(x, noise, 10), truth)
 
 
+PLANS = {
+    "all": ("fp8", {}),
+    "one layer not": ("fp8", {"expert.layers.1.*": "bf16"}),
+    "qkv and down not": ("fp8", {"expert.layers.*.qkv": "bf16", "expert.layers.*.down": "bf16"}),
+    "out and gate_up": ("bf16", {"expert.layers.*.out": "fp8", "expert.layers.*.gate_up": "fp8"}),
+}
+
+
+@pytest.mark.parametrize("name", ["pi0-tiny", "pi05-tiny"])
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_with_products_in_fp8_it_is_the_other_loop(name: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between float32 streams. Sums in another order now and then round a value to the other side, so one of five."""
+    monkeypatch.setitem(base.DTYPES, "fp8", torch.float32)
+    reference = calibrated(name, torch.float32, bare=True)
+    engine = TurboEngine(reference, "fp8", twin_ops(), None, quantisation=quantisation_of(reference, *PLANS[plan]))
+    other = fused(engine.apart(None), 1)
+    errors = []
+    for seed in range(5):
+        x, noise = observation(reference.config, [9], seed=seed)
+        errors.append(relative(other.sample_actions(x, noise, 1), engine.sample_actions(x, noise, 1)))
+    assert min(errors) <= STAGE_TOLERANCE
+    told = other.describe()
+    assert told["denoise_loop"] == {"1": "fused"}
+    assert "a result in torch.float8_e4m3fn" in told["suffix_attention"]["1"]
+
+
 def test_a_rule_says_what_it_runs() -> None:
     reference = model("pi05-tiny", dtype=torch.bfloat16)
     engine = TurboEngine(reference, "bf16", twin_ops(), None)
@@ -74,6 +104,19 @@ def test_a_rule_says_what_it_runs() -> None:
     assert "torch.float32" in exact.describe()["not_fused"]["1"]
 
 
+def layers_of_full_size(kind: str, horizon: int, dtype: torch.dtype) -> Pi0:
+    """A few of them, so that the reference is quick."""
+    config, small = preset(kind), preset(f"{kind}-small")
+    changes = {
+        "vision": small.vision,
+        "vlm": dataclasses.replace(config.vlm, width=256, depth=3, mlp_dim=512),
+        "expert": dataclasses.replace(config.expert, depth=3),
+        "vocab_size": 1024,
+        "horizon": horizon,
+    }
+    return model(kind, device="cuda", dtype=dtype, **changes)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("kind", "horizon", "lengths"),
@@ -84,15 +127,7 @@ def test_layers_of_full_size_on_a_gpu(kind: str, horizon: int, lengths: list[int
     """Near the truth like plain bf16 (few observations, so chance gets some room), and with the same bits again."""
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the fused loop needs compute capability 9.0")
-    config, small = preset(kind), preset(f"{kind}-small")
-    changes = {
-        "vision": small.vision,
-        "vlm": dataclasses.replace(config.vlm, width=256, depth=3, mlp_dim=512),
-        "expert": dataclasses.replace(config.expert, depth=3),
-        "vocab_size": 1024,
-        "horizon": horizon,
-    }
-    exact, rounded = (model(kind, device="cuda", dtype=dtype, **changes) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (layers_of_full_size(kind, horizon, dtype) for dtype in (torch.float32, torch.bfloat16))
     x, noise = observation(exact.config, lengths, [(True, True, True)] * len(lengths))
     truth = exact.sample_actions(x.to("cuda"), noise.cuda(), 10)
     plain = relative(rounded.sample_actions(x.to("cuda"), noise.cuda(), 10), truth)
@@ -100,5 +135,28 @@ def test_layers_of_full_size_on_a_gpu(kind: str, horizon: int, lengths: list[int
     assert isinstance(engine, TurboEngine)
     actions = engine.sample_actions(x, noise, 10)
     assert engine.describe()["denoise_loop"] == {str(len(lengths)): "fused"}
+    assert engine.describe()["suffix_attention"] == {str(len(lengths)): "cluster"}
     assert relative(actions, truth) <= 1.5 * plain
+    assert all(torch.equal(engine.sample_actions(x, noise, 10), actions) for _ in range(20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "horizon", "lengths", "plan"),
+    [("pi05", 50, [200], "all"), ("pi05", 10, [9, 200, 33], "qkv and down not"), ("pi0", 50, [40], "all")],
+)
+@torch.no_grad()
+def test_layers_of_full_size_in_fp8_on_a_gpu(kind: str, horizon: int, lengths: list[int], plan: str) -> None:
+    """As near the truth as the loop that goes kernel by kernel, and with the same bits again."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the fused loop needs compute capability 9.0")
+    exact, rounded = (layers_of_full_size(kind, horizon, dtype) for dtype in (torch.float32, torch.bfloat16))
+    x, noise = observation(exact.config, lengths, [(True, True, True)] * len(lengths))
+    truth = exact.sample_actions(x.to("cuda"), noise.cuda(), 10)
+    engine = create_engine("turbo", rounded, "fp8", quantisation_of(rounded, *PLANS[plan]))
+    assert isinstance(engine, TurboEngine)
+    by_kernel = engine.apart(None, first_loop="rows").sample_actions(x, noise, 10)
+    actions = engine.sample_actions(x, noise, 10)
+    assert engine.describe()["denoise_loop"] == {str(len(lengths)): "fused"}
+    assert relative(actions, truth) <= 1.3 * relative(by_kernel, truth)
     assert all(torch.equal(engine.sample_actions(x, noise, 10), actions) for _ in range(20))

@@ -59,6 +59,7 @@ def rows_of(m):
     kernels.geglu(empty(m, 32768), empty(m, 16384))
     kernels.gelu(empty(512, 4304), empty(512, 4304))
     kernels.patches(empty(2, 3, 224, 224, dtype=torch.uint8), empty(512, 588))
+    kernels.patches(empty(2, 3, 224, 224, dtype=torch.uint8), empty(512, 3 * 592), 3)
     kernels.action_in(empty(10, 32, dtype=F32), empty(1024, 32, dtype=F32), empty(1024, dtype=F32), empty(10, 1024))
     kernels.action_out(
         empty(10, 1024), empty(32, 1024, dtype=F32), empty(32, dtype=F32), empty(10, 32, dtype=F32), horizon=10
@@ -136,6 +137,13 @@ def fused(m, hopper):
     kernels.row_parts(hidden, empty(1024, 4096), parts)
     kernels.row_sum_norm(parts, x, vector, vector, vector, x)
     kernels.row_geglu(x, empty(8192, 1024), hidden)
+    narrow, wide, columns = empty(m, 1024, dtype=E4M3), empty(m, 4096, dtype=E4M3), empty(8192, dtype=F32)
+    kernels.row_qkv(narrow, empty(2560, 1024, dtype=E4M3), table, table, one, q, cache, cache, m, scale=columns[:2560])
+    kernels.row_attention(q, cache, cache, one, empty(m, 2048, dtype=E4M3), m, *partial, extra=m, inverse=2.5)
+    kernels.row_parts(wide, empty(1024, 4096, dtype=E4M3), parts, scale=columns[:1024])
+    kernels.row_sum_norm(parts, x, vector, vector, vector, narrow, inverse=2.5)
+    gate_up = GemmConfig(64, 32, 128, stages=8, descriptors=True) if hopper else None
+    kernels.row_geglu(narrow, empty(8192, 1024, dtype=E4M3), wide, gate_up, columns, 2.5)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from turbopi.audit.golden import hash_model
 from turbopi.engine.turbo.denoise import Schedules
 from turbopi.engine.turbo.weights import fold_model
 from turbopi.kernels.denoise import (
+    CHUNK_BYTES,
+    GATE_TILES,
+    STATIC_BYTES,
     Cache,
     DenoiseKernel,
     Layer,
+    Plan,
     Schedule,
     Shape,
     denoise_ref,
@@ -109,6 +114,48 @@ def test_the_twin_is_the_reference() -> None:
 def test_what_cannot_be_tiled_is_said(change: dict[str, int], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         dataclasses.replace(SMALL, **change)
+
+
+def gpu(multiprocessors: int, shared_bytes: int = 227 << 10) -> SimpleNamespace:
+    """What a plan asks of a device. H200 and H100 SXM have 132 multiprocessors, H100 PCIe 114, H20 78."""
+    return SimpleNamespace(
+        name="a GPU", multi_processor_count=multiprocessors, shared_memory_per_block_optin=shared_bytes
+    )
+
+
+def test_a_plan_fits_its_gpu() -> None:
+    """The same plan wherever there are as many multiprocessors: an H100 SXM runs what an H200 runs."""
+    assert Plan.fit(FULL, gpu(132)) == Plan.fit(FULL, gpu(133))
+    for multiprocessors in (132, 114, 78):
+        plan = Plan.fit(SMALL, gpu(multiprocessors))
+        assert plan.ctas <= multiprocessors
+        assert plan.shared_bytes + STATIC_BYTES <= 227 << 10
+
+
+def test_the_ring_holds_what_a_cta_multiplies_at_once() -> None:
+    """Of π0.5 on an H200 the tiles of gate and up: with less the product waits for memory."""
+    plan = Plan.fit(FULL, gpu(132))
+    assert plan.slots * CHUNK_BYTES >= GATE_TILES * 16 * FULL.width * 2
+
+
+def test_odd_tokens_are_told_in_pairs() -> None:
+    """Attention's parts, head_dim floats for each split of a head and token."""
+    odd, even = (Plan(dataclasses.replace(FULL, rows=rows), 128, 16, 64, 7, 1).mail_words for rows in (9, 10))
+    rest = FULL.width + 8 * 256 // 2 + (8 * 256 + 4096) // 2 + 256 + 8 * 16 * 2
+    assert even - odd == rest
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (gpu(114), "needs 128 multiprocessors for this model; a GPU has 114"),
+        (gpu(170, 99 << 10), "bytes of shared memory for this model"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_named(device: SimpleNamespace, message: str) -> None:
+    """The persistent loop counts that among its obstacles, and another loop runs."""
+    with pytest.raises(ValueError, match=message):
+        Plan.fit(FULL, device)
 
 
 GPU_CASES = [

@@ -5,7 +5,14 @@ import torch
 from kernel_tools import DEVICE, assert_equal_up_to_rounding, assert_guard, cases, guarded, seeded, up
 
 from turbopi import kernels
-from turbopi.kernels import AttentionConfig, GemmConfig, row_attention_wgmma, row_products_tma
+from turbopi.kernels import (
+    AttentionConfig,
+    GemmConfig,
+    row_attention_cluster,
+    row_attention_wgmma,
+    row_products_tma,
+)
+from turbopi.kernels.attention import check_attention
 
 TINY = GemmConfig(16, 16, 16, group_m=1, stages=2)
 HOPPER = pytest.mark.skipif(
@@ -162,10 +169,44 @@ def test_row_attention_of_hopper(shape, splits, state_token):
     test_row_attention(torch.bfloat16, shape, splits, state_token, None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("batch", "rows", "slots", "state_token"),
+    [(1, 50, 1018, False), (2, 51, 1019, True), (3, 10, 300, False), (1, 17, 40, True), (1, 4, 6, False)],
+)
+def test_row_attention_of_a_cluster(batch, rows, slots, state_token):
+    q = seeded(batch * rows, 2048, dtype=torch.bfloat16, scale=1 / 8)
+    keys, values = (seeded(batch, 1, slots, 256, dtype=torch.bfloat16).roll(i, 2).clone() for i in range(2))
+    lengths = torch.tensor([max(slots - rows - 7 * b, 1) for b in range(batch)], dtype=torch.int32, device=DEVICE)
+    for b, length in enumerate(lengths.tolist()):
+        keys[b, :, length + rows :] = values[b, :, length + rows :] = float("nan")
+    out, want = guarded(*q.shape, dtype=torch.bfloat16), guarded(*q.shape)
+    if found := row_attention_cluster.obstacles(q, keys, values, out):
+        pytest.skip("; ".join(found))
+    shape = check_attention(q, keys, values, lengths, out, rows)
+    call = (q, keys, values, lengths, out, shape, rows, state_token, keys)
+    row_attention_cluster.launch(*call)
+    first = out.clone()
+    row_attention_cluster.launch(*call)
+    assert torch.equal(out, first)
+    assert_guard(out)
+    partial = guarded(1, len(q) * 8, 256), guarded(1, len(q) * 8)
+    more = {"extra": rows, "state_token": state_token}
+    kernels.row_attention_ref(up(q), up(keys), up(values), lengths, want, rows, *partial, **more)
+    assert_equal_up_to_rounding(out, want)
+
+
+def test_what_a_cluster_does_not_attend_to_is_told():
+    q, keys = seeded(4, 64), seeded(1, 2, 1100, 32)
+    found = row_attention_cluster.obstacles(q[:, ::2], keys, keys, q)
+    for words in ("weights in torch.float32", "2 key heads of 32", "1100 slots", "gaps", "a result in torch.float32"):
+        assert any(words in one for one in found), words
+
+
 def test_what_hopper_has_no_kernel_for_is_told():
     x, w = seeded(4, 64), seeded(96, 64)
     found = row_products_tma.obstacles(x, w, RINGS[0])
-    assert "x is torch.float32, expected torch.bfloat16" in found
+    assert any("x is torch.float32, expected torch.bfloat16 or torch.float8_e4m3fn" in words for words in found)
     assert any("no multiple of" in words for words in found)
     with pytest.raises(ValueError, match="no product through descriptors"):
         kernels.row_parts(x, w, guarded(1, 4, 96), RINGS[0])

@@ -123,14 +123,16 @@ ROPE = cases(
 )
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("dtype", "shape"), ROPE)
-def test_rotate_and_store(dtype, shape):
+def test_rotate_and_store(dtype, shape, scaled):
     batch, rows, heads, kv_heads, head_dim = shape
     slots = rows + 11
     first = torch.arange(batch, dtype=torch.int32, device=DEVICE) * 4 + 3
     angles = seeded(slots, head_dim // 2)
     cos, sin = seeded(slots, head_dim // 2).copy_(angles.cos()), seeded(slots, head_dim // 2).copy_(angles.sin())
     qkv = seeded(batch * rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    scale = seeded(qkv.shape[1]).exp() if scaled else None
 
     def run(op, dtype, qkv):
         outputs = (
@@ -138,7 +140,7 @@ def test_rotate_and_store(dtype, shape):
             guarded(batch, kv_heads, slots, head_dim, dtype=dtype),
             guarded(batch, kv_heads, slots, head_dim, dtype=dtype),
         )
-        op(qkv, cos, sin, first, *outputs, rows)
+        op(qkv, cos, sin, first, *outputs, rows, scale)
         return outputs
 
     got = run(kernels.rotate_and_store, dtype, qkv)
@@ -191,6 +193,23 @@ def test_patches(dtype, shape, layout):
     product = want[:, : 3 * patch * patch].cpu() @ weight.flatten(1).T
     torch.testing.assert_close(product, convolved, atol=1e-4, rtol=1e-4)
     assert not want[:, 3 * patch * patch :].any()
+
+
+@pytest.mark.parametrize(("dtype", "shape"), PATCHES)
+def test_grey_levels_stay_as_they_are(dtype, shape):
+    count, side, patch, more = shape
+    size, width = side * patch, 3 * patch * patch + more
+    images = torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(1)).byte().to(DEVICE)
+    out, want = (guarded(count * side * side, 3 * width, dtype=dtype) for _ in range(2))
+    kernels.patches(images, out, 3)
+    kernels.patches_ref(images, want, 3)
+    assert torch.equal(out, want)
+    assert_guard(out)
+    scaled = torch.empty(len(out), width, device=DEVICE)
+    kernels.patches_ref(images.float(), scaled)
+    assert torch.equal(out.float(), scaled.repeat(1, 3))
+    with pytest.raises(ValueError, match="expected uint8, which has grey levels"):
+        kernels.patches(images.float(), out, 3)
 
 
 # Samples, actions, tokens before them, action_dim, width.

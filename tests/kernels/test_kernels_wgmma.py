@@ -6,18 +6,40 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
+from turbopi.kernels import E4M3
+from turbopi.kernels._wgmma import tile_definitions
 from turbopi.kernels.cuda_module import defined
 
 geglu = import_module("turbopi.kernels.tiled_geglu")
 attention = import_module("turbopi.kernels.prefix_attention")
+linear = import_module("turbopi.kernels.tiled_linear")
+vision = import_module("turbopi.kernels.vision_attention")
+cluster = import_module("turbopi.kernels.row_attention_cluster")
+
+
+def product(features, k, tiling, **epilogue):
+    """A product of a SigLIP block."""
+    flags = linear._Epilogue(**{"BIAS": 1, "RESIDUAL": 0, "GELU": 0, "NORMED": 0, "MOMENTS": 0} | epilogue)
+    return linear.SOURCE, {"K": k, "N": features} | flags._asdict() | tiling.definitions
+
+
 FULL = {"K": 2048, "N": 32768}
 SOURCES = {
-    "tiles of 184": (geglu.SOURCE, FULL | geglu.Tiling(184, 4).definitions),
-    "tiles of 200": (geglu.SOURCE, FULL | geglu.Tiling(200, 3).definitions),
-    "tiles of 8": (geglu.SOURCE, {"K": 64, "N": 256} | geglu.Tiling(8, 4).definitions),
+    "tiles of 184": (geglu.SOURCE, FULL | tile_definitions(184, 4, torch.bfloat16)),
+    "tiles of 200": (geglu.SOURCE, FULL | tile_definitions(200, 3, torch.bfloat16)),
+    "tiles of 8": (geglu.SOURCE, {"K": 64, "N": 256} | tile_definitions(8, 4, torch.bfloat16)),
+    "tiles of 192 in E4M3": (geglu.SOURCE, FULL | tile_definitions(192, 4, E4M3)),
+    "tiles of 200 in E4M3": (geglu.SOURCE, FULL | tile_definitions(200, 3, E4M3)),
+    "attention of few rows": (cluster.SOURCE, cluster.definitions()),
     "attention": (attention.SOURCE, attention.definitions(256, 6, False)),
     "attention in E4M3": (attention.SOURCE, attention.definitions(256, 4, True)),
+    "attention of images": (vision.SOURCE, vision.definitions(16, False)),
+    "attention of images in E4M3": (vision.SOURCE, vision.definitions(16, True)),
+    "qkv behind a norm": product(3456, 1152, linear.LinearTiling(2, 112), NORMED=16),
+    "fc1 of 4 groups": product(4352, 1152, linear.LinearTiling(4, 104), NORMED=12, GELU=1),
+    "fc2 in parts": product(1152, 4352, linear.LinearTiling(2, 72, 2), RESIDUAL=1, MOMENTS=1),
 }
 
 

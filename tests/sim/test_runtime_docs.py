@@ -48,6 +48,7 @@ def options(tmp_path: Path) -> Any:
     }
     receipts: dict[str, Any] = {
         "runtime_closed_loop": {"reference": "reference", "settings": rows},
+        "runtime_eager": {"reference": "reference", "settings": rows},
         "runtime_decision": {"fixed": {"decide": timed, "with_frames": timed}},
         "runtime_latency_h": {"steps": {"10": step}},
         "runtime_soak_turbo": {

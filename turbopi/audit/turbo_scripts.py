@@ -10,6 +10,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..model import Pi0
@@ -20,6 +21,7 @@ ROLES = {
     "patches": "patches",
     "matmul": "product",
     "fp8_matmul": "product",
+    "fp8_sums": "product",
     "fp8_gelu_matmul": "product",
     "gelu": "activation",
     "geglu_matmul": "gated product",
@@ -49,6 +51,11 @@ class Expect:
 
 
 Script = Generator[Expect, Arguments, None]
+
+
+def _columns(done: Arguments) -> Tensor:
+    """By what each column of a product's result is to be multiplied: bare sums are scaled by their reader."""
+    return done["weight"].scale if done["op"] == "fp8_sums" else done["out"].new_ones(1, dtype=torch.float32)
 
 
 class Scripts:
@@ -146,14 +153,16 @@ class Scripts:
             done = yield Expect("attention")
             tell.rows(f"{own}attended", done["out"][:length])
             done = yield Expect("product")
-            tell.rows(own + ("out" if done.get("residual") is None else "mid"), done["out"][:length])
+            tell.rows(own + ("out" if done.get("residual") is None else "mid"), done["out"][:length], _columns(done))
             done = yield Expect("norm")
             self._sum(f"{own}mid", done)
             tell.norm(f"{own}norm2", done["out"][:length], block.post_attention_layernorm)
             done = yield Expect("gated product")
             tell.rows(f"{own}hidden", done["out"][:length])
             done = yield Expect("product")
-            tell.rows(own + ("down" if done.get("residual") is None else "stream"), done["out"][:length])
+            tell.rows(
+                own + ("down" if done.get("residual") is None else "stream"), done["out"][:length], _columns(done)
+            )
 
     def _sum(self, name: str, done: Arguments) -> None:
         """The prefix's stream behind an operation that adds and norms at once."""
@@ -165,10 +174,12 @@ class Scripts:
         tell, vlm, count = self.teller, self.config.vlm, slots.stop - slots.start
         keys = vlm.kv_heads * vlm.head_dim
         done = yield Expect("product")
-        q, k, _ = done["out"][:count].split([vlm.heads * vlm.head_dim if queries else 0, keys, keys], dim=1)
+        widths = [vlm.heads * vlm.head_dim if queries else 0, keys, keys]
+        q, k, _ = done["out"][:count].split(widths, dim=1)
+        of_q, of_k, _ = _columns(done).expand(sum(widths)).split(widths)
         if queries:
-            tell.rows(f"{own}q_raw", q, scale=vlm.head_dim**0.5)
-        tell.rows(f"{own}k_raw", k)
+            tell.rows(f"{own}q_raw", q, of_q * vlm.head_dim**0.5)
+        tell.rows(f"{own}k_raw", k, of_k)
         done = yield Expect("rotation")
         if queries:
             tell.heads(f"{own}q", done["q_out"][:count], vlm.head_dim)

@@ -25,14 +25,26 @@ from .row_attention import row_attention, row_attention_ref
 from .row_products import row_geglu, row_geglu_ref, row_parts, row_parts_ref, row_qkv, row_qkv_ref
 from .row_sums import row_sum_norm, row_sum_norm_ref
 from .tiled_geglu import TiledGeglu, geglu_obstacles, tile_geglu, tiled_geglu, tiled_geglu_ref
+from .tiled_linear import LinearTiling, Norm, moments_of, tiled_linear, tiled_linear_obstacles, tiled_linear_ref
 from .tuning import AttentionConfig, GemmConfig
+from .vision_attention import (
+    vision_attention,
+    vision_attention_misfits,
+    vision_attention_named,
+    vision_attention_obstacles,
+    vision_attention_ref,
+)
+from .vision_tilings import VisionTilings, vision_tilings
 
 __all__ = [
     "E4M3",
     "E4M3_MAX",
     "AttentionConfig",
     "GemmConfig",
+    "LinearTiling",
+    "Norm",
     "TiledGeglu",
+    "VisionTilings",
     "action_in",
     "action_in_ref",
     "action_out",
@@ -59,6 +71,7 @@ __all__ = [
     "layer_norm_ref",
     "linear",
     "linear_ref",
+    "moments_of",
     "patches",
     "patches_ref",
     "prefix_attention",
@@ -84,4 +97,13 @@ __all__ = [
     "tile_geglu",
     "tiled_geglu",
     "tiled_geglu_ref",
+    "tiled_linear",
+    "tiled_linear_obstacles",
+    "tiled_linear_ref",
+    "vision_attention",
+    "vision_attention_misfits",
+    "vision_attention_named",
+    "vision_attention_obstacles",
+    "vision_attention_ref",
+    "vision_tilings",
 ]

@@ -56,8 +56,9 @@ ampere: Any = _gluon(".language.nvidia.ampere")
 
 
 def gluon_descriptor(tensor: Any, block: list[int]) -> Any:
-    """`host_descriptor` for a Gluon kernel: rows of 128 bytes in shared memory, swizzled. Of a 2-byte dtype."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    """`host_descriptor` for a Gluon kernel: rows of 128 bytes in shared memory, swizzled."""
+    bits = 8 * tensor.itemsize
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(block))
     module = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     return module.TensorDescriptor.from_tensor(tensor, block, layout)
 

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ._fp8 import E4M3
 from .cuda_module import TENSOR_MAP_BYTES, CudaModule, can_compile
 
 CAPABILITY = (9, 0)
@@ -17,6 +18,12 @@ SHARED_BYTES = 227 << 10
 """That a CTA may have."""
 BARRIER_BYTES = 16
 """Of each slot of a ring."""
+ROWS = 2 * GROUP
+"""Weight rows of a tile of tiles.cuh."""
+ROW_BYTES = 128
+"""Of a row in a slot of its ring."""
+MOST_TOKENS = 200
+"""Of a tile. A thread has 240 registers, and its sums fill one for each token."""
 
 
 class Box(ctypes.Structure):
@@ -37,9 +44,29 @@ def sums(columns: int) -> tuple[str, str, int]:
     return f'"{{{registers}}}"', ", ".join(f'"+f"(d[{i}])' for i in range(count)), count
 
 
-def wgmma_obstacles(dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Why these kernels do not run there; empty if they do."""
-    found = [] if dtype == torch.bfloat16 else [f"weights in {dtype}"]
+def slot_bytes(tokens: int) -> int:
+    """Of a slot of the ring of tiles.cuh."""
+    return (ROWS + tokens) * ROW_BYTES + BARRIER_BYTES
+
+
+def tile_definitions(tokens: int, slots: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """For the compiler, what tiles.cuh wants to know. Operands of a wgmma are counted out: the preprocessor cannot."""
+    registers, operands, after = sums(tokens)
+    return {
+        "TOKENS": tokens,
+        "SLOTS": slots,
+        "E4M3": int(dtype == E4M3),
+        "REGISTERS": registers,
+        "OPERANDS": operands,
+        "INPUTS": f'"%{after}, %{after + 1}"',
+        "ADD": f'"%{after + 2}"',
+    }
+
+
+def wgmma_obstacles(dtype: torch.dtype, device: torch.device, e4m3: bool = False) -> list[str]:
+    """Why these kernels do not run there, those with `e4m3` in E4M3 too; empty if they do."""
+    dtypes = (torch.bfloat16, E4M3) if e4m3 else (torch.bfloat16,)
+    found = [] if dtype in dtypes else [f"weights in {dtype}"]
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != CAPABILITY:
         found.append(f"no GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]}")
     elif not can_compile():

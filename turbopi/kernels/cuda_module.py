@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,19 +31,23 @@ def cache_directory() -> Path:
 
 @dataclass(frozen=True)
 class Launch:
-    """Blocks in clusters of `cluster`, threads of a block, and its bytes of dynamic shared memory."""
+    """Blocks in clusters of `cluster`, threads of a block, and its bytes of dynamic shared memory.
+
+    `dependent`: it may start before the kernel in front of it has ended, and waits for that one itself.
+    """
 
     blocks: int
     threads: int
     shared_bytes: int
     cluster: int = 1
+    dependent: bool = False
 
 
 class CudaModule:
     """One source, compiled for one device with one set of definitions.
 
     Args:
-        source: a `.cu` file without includes, its kernels `extern "C"`.
+        source: a `.cu` file, its kernels `extern "C"`. What it includes lies beside it.
         definitions: preprocessor definitions, name to a number or to text, put in front of the source.
         device: the GPU.
 
@@ -68,15 +73,17 @@ class CudaModule:
         self._check(self._driver.cuLaunchKernelEx(self._config(launch), function, ctypes.addressof(pointers), 0))
 
     def tensor_map(self, matrix: Tensor, box_rows: int, box_columns: int) -> bytes:
-        """128 bytes by which TMA copies boxes of a bfloat16 matrix to shared memory, rows swizzled over 128 bytes.
+        """128 bytes by which TMA copies boxes of a bfloat16 or E4M3 matrix to shared memory, swizzled over 128 bytes.
 
         What lies beyond the last row is zeros. The matrix's address and the distance of its rows are multiples of 16
         bytes.
         """
         driver = self._driver
+        types = driver.CUtensorMapDataType
+        kind = {2: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8}[matrix.itemsize]
         encoded = self._check(
             driver.cuTensorMapEncodeTiled(
-                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                kind,
                 2,
                 matrix.data_ptr(),
                 [driver.cuuint64_t(size) for size in (matrix.shape[1], matrix.shape[0])],
@@ -107,7 +114,12 @@ class CudaModule:
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         cluster = attribute.value.clusterDim
         cluster.x, cluster.y, cluster.z = launch.cluster, 1, 1
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes = [attribute]
+        if launch.dependent:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[1].value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
     def _function(self, name: str, shared_bytes: int) -> Any:
@@ -154,9 +166,24 @@ class CudaModule:
 
 
 def defined(source: Path, definitions: Mapping[str, int | str]) -> str:
-    """The source behind its definitions, its lines counted as in the file."""
+    """The source behind its definitions, with what it includes, all lines counted as in their files."""
     lines = [f"#define {name} {value}\n" for name, value in sorted(definitions.items())]
-    return "".join(lines) + f'#line 1 "{source.name}"\n' + source.read_text()
+    return "".join(lines) + _with_included(source, set())
+
+
+def _with_included(source: Path, seen: set[Path]) -> str:
+    """The text of a source, each `#include` of a file beside it replaced by that file's, once: no path is searched."""
+    seen.add(source)
+    text = [f'#line 1 "{source.name}"\n']
+    for number, line in enumerate(source.read_text().splitlines(keepends=True), 1):
+        name = re.fullmatch(r'#include "([\w.]+)"\n', line)
+        if name is None:
+            text.append(line)
+            continue
+        included = source.with_name(name[1])
+        text.append("" if included in seen else _with_included(included, seen))
+        text.append(f'#line {number + 1} "{source.name}"\n')
+    return "".join(text)
 
 
 def can_compile() -> bool:

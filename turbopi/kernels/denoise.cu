@@ -11,15 +11,16 @@
 // barrier, and the answer to the question is the data. EMPTY is a NaN that no arithmetic makes.
 //
 // Rounds count layers, and words of four rounds in a row lie apart ("generations"). In round r a CTA makes those words of
-// generation r + 2 EMPTY again that it writes. They hold round r - 2, which everybody has read: round r would not have begun
-// otherwise. A fence follows, a phase later where it finds the stores done, before the CTA writes x of the next round, or
-// anything if it never writes x; and nobody asks for round r + 2 who has not read that.
+// generation r + 2 EMPTY again that it writes, while it waits for something else. They hold round r - 2, which everybody has
+// read: round r would not have begun otherwise. A fence follows, some phases later where it finds the stores done, before the
+// CTA writes x of the next round, or anything if it never writes x; and nobody asks for round r + 2 who has not read that.
 //
 // A round trip to L2 is as long as a phase computes. So whatever does not depend on what a phase waits for is asked for
-// before it waits.
+// before it waits, and once most of it is there everybody asks for all of it, then again for what was missing.
 //
 // Weights do not depend on any phase, so a producer warp copies them in the order of use through a ring in shared memory
-// and never stops for a phase. Prefix keys and values are fetched ahead likewise.
+// and never stops for a phase. They pass L2 as what goes first, so that the prefix's keys and values can stay. These, and a
+// layer's modulation, are brought to L2 some phases before they are fetched.
 //
 // Products are computed transposed, weights x activations^T: 16 weight rows ("tile") are the M of m16n8k16, tokens its N.
 // Weights are packed at load in the order in which lanes consume them (`pack` in denoise.py): 32 of K is a "step", 1 KB a
@@ -34,7 +35,7 @@
 //
 // Set by the compiler's command line: W expert width, H heads, KV key/value heads, D head size, F MLP width, N suffix rows,
 // A action dims, LAYERS, GATE tiles of a gate_up unit, SPLITS of a head's keys and at most KEYS in each, CTAS, WARPS that
-// compute, SLOTS of the ring, at most IN_FLIGHT of them being filled, FP8 whether products are of E4M3.
+// compute, CHUNK KB that the ring moves at once, SLOTS for them, at most IN_FLIGHT of them being filled, FP8 whether products are of E4M3.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -47,7 +48,6 @@ constexpr int THREADS = WARPS * 32;    // that compute; one more warp produces
 constexpr int GROUPS = (N + 7) / 8;    // of 8 tokens, the N of one mma
 constexpr int COLUMNS = GROUPS * 8;
 constexpr int SUM_STRIDE = COLUMNS + 8 - COLUMNS % 16;  // floats; 8 or 24 modulo 32 spreads the sums over the banks
-constexpr int CHUNK = 16;              // KB, what the ring moves at once
 constexpr float EPSILON = 1e-6f;
 constexpr u32 EMPTY = 0xffffffff;
 constexpr int GENERATIONS = 4;
@@ -59,13 +59,14 @@ constexpr int QKV_UNITS = (H + 2 * KV) * D / 16, GATE_UNITS = F / 8 / GATE, PAIR
 constexpr int GATE_WM = GATE > 1 ? 2 : 1;  // warps along a unit's tiles; the others share K
 constexpr int DIMS = D / SPLITS;           // of a head, that a CTA adds up
 
+constexpr int EVEN = up_to(2, N);  // tokens of an attention part, in pairs
 constexpr int K_STRIDE = D + 32, V_STRIDE = D + 8, S_STRIDE = KEYS + 4, P_STRIDE = KEYS + 8;
 constexpr int ROWS_BYTES = N * at_least(W, at_least(H * D / 2, F / 2)) * 2;
 static_assert(N <= 16 && 8 * N <= THREADS, "an element a thread");
 static_assert(H * SPLITS <= CTAS && PAIRED_UNITS <= CTAS && N <= CTAS, "a unit a CTA");
 static_assert(F / 2 % (GATE * 8) == 0 && H * D / 2 % DIMS == 0, "a half of K is whole CTAs' writing");
 static_assert(DIMS % 4 == 0 && W % 32 == 0 && H * D % 64 == 0 && F % 64 == 0, "whole words and steps");
-constexpr int CACHE_BYTES = KEYS * (K_STRIDE + V_STRIDE) * 2, PIECES_BYTES = SPLITS * N * DIMS * 4;
+constexpr int CACHE_BYTES = KEYS * (K_STRIDE + V_STRIDE) * 2, PIECES_BYTES = SPLITS * EVEN * DIMS * 4;
 constexpr int SUM_ROWS = at_least(WARPS, WARPS / GATE_WM * GATE) * 16;
 constexpr int SCORE_BYTES = N * K_STRIDE * 2 + COLUMNS * (S_STRIDE * 4 + P_STRIDE * 2);
 // Shared memory: ring; rows of the phase, or keys and values, or pieces; partial sums, or queries and scores, or shares;
@@ -113,7 +114,7 @@ struct Scales {
 struct Mail {
   static constexpr int X = N * W / 2, Q = N * H * D / 2, NEW = N * KV * D / 2;
   static constexpr int ATTENDED = N * H * D / PER_WORD, HIDDEN = N * F / PER_WORD;
-  static constexpr int PARTS_WORDS = H * SPLITS * N * D, STATS = H * SPLITS * N * 2;
+  static constexpr int PARTS_WORDS = H * SPLITS * EVEN * D, STATS = H * SPLITS * N * 2;
   static constexpr int WORDS = up_to(4, 2 * X + Q + ATTENDED + HIDDEN + 2 * NEW + PARTS_WORDS + STATS);
   u32 *x, *middle, *q, *attended, *hidden, *keys, *values, *parts, *stats;
 
@@ -125,7 +126,7 @@ struct Mail {
     hidden = attended + ATTENDED;
     keys = hidden + HIDDEN;               // the suffix's
     values = keys + NEW;
-    parts = values + NEW;                 // (H, SPLITS, N, D)
+    parts = values + NEW;                 // (H, SPLITS, D, EVEN)
     stats = parts + PARTS_WORDS;          // (H, SPLITS, N, {maximum, sum})
   }
 };
@@ -174,20 +175,35 @@ __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(TH
 // Words, past the L1. Each arrives whole.
 __device__ __forceinline__ u32 ask(const u32* word) {
   u32 v;
-  asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(v) : "l"(word) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(word) : "memory");
   return v;
 }
 
 __device__ __forceinline__ uint4 ask4(const u32* words) {
   uint4 v;
-  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words) : "memory");
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 ask2(const u32* words) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(words) : "memory");
   return v;
 }
 
 __device__ __forceinline__ bool complete(uint4 v) { return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY; }
 
 __device__ __forceinline__ void tell(u32* word, u32 data) {
-  asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(word), "r"(data) : "memory");
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(word), "r"(data) : "memory");
+}
+
+__device__ __forceinline__ void tell2(u32* words, u32 first, u32 second) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(words), "r"(first), "r"(second) : "memory");
+}
+
+// What this CTA stored before its last barrier is seen before whatever it stores after the next one. One thread asks for all.
+__device__ __forceinline__ void fence() {
+  if (threadIdx.x == THREADS - 1) asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // One word, asked for until it is there.
@@ -198,33 +214,46 @@ __device__ __forceinline__ u32 read(const u32* word) {
   return v;
 }
 
-// All warps go on when COUNT CTAs have written: one warp asks for a word of each, `stride` words apart. Many that ask at
-// once would only slow down the answer. The other warps do what `meanwhile` says.
+// All warps go on when most of COUNT CTAs have written: one warp asks for a word of each, `stride` words apart. Many that ask
+// at once would only slow down the answer. Who then reads the data asks again for what is missing, and is done a round trip
+// sooner than if all had been waited for. The other warps do what `meanwhile` says.
 template <int COUNT, class Work>
 __device__ __forceinline__ void await(const u32* words, int stride, Work meanwhile) {
-  constexpr int EACH = (COUNT + 31) / 32;
+  constexpr int EACH = (COUNT + 31) / 32, ENOUGH = (COUNT * 3 + 3) / 4;
   if (threadIdx.x < 32) {
-    bool all;
+    int written;
     do {
       u32 v[EACH];
-      all = true;
+      written = 0;
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         const int cta = i * 32 + threadIdx.x;
         v[i] = ask(words + (cta < COUNT ? cta : COUNT - 1) * stride);
       }
 #pragma unroll
-      for (int i = 0; i < EACH; ++i) all &= v[i] != EMPTY;
-    } while (!__all_sync(0xffffffffu, all));
+      for (int i = 0; i < EACH; ++i) written += v[i] != EMPTY && (COUNT % 32 == 0 || i * 32 + threadIdx.x < COUNT);
+    } while (__reduce_add_sync(0xffffffffu, written) < ENOUGH);
   } else {
     meanwhile();
   }
   sync();
 }
 
-template <int COUNT>
-__device__ __forceinline__ void await(const u32* words, int stride) {
-  await<COUNT>(words, stride, [] {});
+// Four words at each of COUNT places, asked for again where they are not there. from(i) says where.
+template <int COUNT, class From>
+__device__ __forceinline__ void read4(uint4 (&v)[COUNT], From from) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) v[i] = ask4(from(i));
+#pragma unroll 1
+  for (;;) {
+    u32 missing = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) missing |= (u32)!complete(v[i]) << i;
+    if (!missing) break;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      if (missing >> i & 1) v[i] = ask4(from(i));
+  }
 }
 
 // Reads `items` of four words, at most MOST, by all threads. from(i) says where item i stands, put(i, words) what becomes of
@@ -232,22 +261,23 @@ __device__ __forceinline__ void await(const u32* words, int stride) {
 template <int MOST, class From, class Put>
 __device__ __forceinline__ void gather(From from, Put put, int items = MOST) {
   constexpr int ROUNDS = (MOST + THREADS - 1) / THREADS;
-  constexpr int BATCHES = (ROUNDS + 7) / 8, BATCH = (ROUNDS + BATCHES - 1) / BATCHES;  // as registers allow
+  constexpr int BATCHES = (ROUNDS + 15) / 16, BATCH = (ROUNDS + BATCHES - 1) / BATCHES;  // as registers allow
 #pragma unroll 1
   for (int first = threadIdx.x; first < items; first += BATCH * THREADS) {
     uint4 v[BATCH];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b) v[b] = ask4(from(first + b * THREADS < items ? first + b * THREADS : first));
-#pragma unroll
-      for (int b = 0; b < BATCH; ++b) all &= complete(v[b]);
-    } while (!all);
+    read4(v, [&](int b) { return from(first + b * THREADS < items ? first + b * THREADS : first); });
 #pragma unroll
     for (int b = 0; b < BATCH; ++b)
       if (first + b * THREADS < items) put(first + b * THREADS, v[b]);
   }
+}
+
+// Makes WORDS in a row EMPTY, a multiple of four, by all warps but the first.
+template <int WORDS>
+__device__ __forceinline__ void blank(u32* at) {
+  static_assert(WORDS % 4 == 0, "whole vectors");
+#pragma unroll
+  for (int i = threadIdx.x - 32; i < WORDS / 4; i += THREADS - 32) *(uint4*)(at + i * 4) = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
 }
 
 // Makes rows of mail EMPTY, by all warps but the first; WORDS of each, one or a multiple of two.
@@ -330,6 +360,9 @@ __device__ __forceinline__ void send(float* to, float value, u64* barrier, u32 r
                : "memory");
 }
 
+// Keys that a CTA takes.
+__device__ __forceinline__ int share_of(int prefix) { return ((prefix + N + SPLITS - 1) / SPLITS + 7) / 8 * 8; }
+
 // ---------------------------------------------------------------- ring of weights
 
 struct Ring {
@@ -346,6 +379,8 @@ struct Ring {
   // By the producer: `tiles`, each of one step, from `source`, a chunk at a time, each when its slot is free and all but IN_FLIGHT - 1 of
   // the chunks before have arrived: more at once would queue up in the memory system, and what CTAs tell each other behind.
   __device__ void fill(const char* source, int tiles, Ring& oldest, int& started) {
+    u64 first_to_go;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first_to_go));
 #pragma unroll 1
     for (int done = 0; done < tiles; done += CHUNK_TILES) {
       const u32 bytes = TILE_BYTES * (tiles - done < CHUNK_TILES ? tiles - done : CHUNK_TILES);
@@ -355,14 +390,33 @@ struct Ring {
       }
       wait(consumed(slot), parity ^ 1);
       expect(arrived(slot), bytes);
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                        shared_address(memory + slot * CHUNK * 1024)),
-                   "l"(source + done * TILE_BYTES), "r"(bytes), "r"(shared_address(arrived(slot)))
+                   "l"(source + done * TILE_BYTES), "r"(bytes), "r"(shared_address(arrived(slot))), "l"(first_to_go)
                    : "memory");
       advance();
     }
   }
 };
+
+// This CTA's share of the prefix's keys and values of a layer to L2: readers of the same share divide it among themselves.
+__device__ __forceinline__ void bring_cache(const Arguments& p, int layer) {
+  if (blockIdx.x >= H * SPLITS) return;
+  constexpr int READERS = H / KV;
+  const int head = blockIdx.x / SPLITS, reader = head % READERS, first = blockIdx.x % SPLITS * share_of(*p.length);
+  const int left = *p.length - first, most = share_of(*p.length), standing = left < 0 ? 0 : left < most ? left : most;
+  const int from = standing * reader / READERS, bytes = (standing * (reader + 1) / READERS - from) * D * 2;
+  if (bytes == 0) return;
+  const u64 at = (((u64)layer * KV + head / READERS) * p.slots + first + from) * D;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.keys + at), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.values + at), "r"(bytes) : "memory");
+}
+
+// This CTA's lines of a layer's scales, shifts and gates to L2.
+__device__ __forceinline__ void bring_modulation(const Arguments& p, int step, int layer) {
+  const float* from = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * layer) * 3 * W;
+  for (int line = blockIdx.x; line < 6 * W / 32; line += CTAS) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 32));
+}
 
 __device__ __forceinline__ void produce(const Arguments& p) {
   Ring ring, oldest;
@@ -372,6 +426,8 @@ __device__ __forceinline__ void produce(const Arguments& p) {
 #pragma unroll 1
     for (u64 layer = 0; layer < LAYERS; ++layer) {
       constexpr int QKV = W / 32, OUT = H * D / 64, GATE_UP = GATE * W / 32, DOWN = F / 64;
+      bring_modulation(p, step, layer);
+      bring_cache(p, layer);
       for (int u = blockIdx.x; u < QKV_UNITS; u += CTAS)
         ring.fill(p.qkv + (layer * QKV_UNITS + u) * QKV * TILE_BYTES, QKV, oldest, started);
       for (int u = blockIdx.x; u < PAIRED_UNITS; u += CTAS)
@@ -406,86 +462,97 @@ __device__ __forceinline__ void put(u16* rows, int token, int column, uint4 v) {
 }
 
 // One unit: TILES x 16 weight rows over STEPS x 32 of K, by WM warps along the tiles and the rest along K, times the rows
-// in shared memory. Leaves partial sums (WK, TILES * 16, SUM_STRIDE) at SUMS_AT.
-template <int TILES, int WM, int STEPS>
+// in shared memory; or UNITS in a row at once, if the ring holds them. Leaves partial sums (UNITS, WK, TILES * 16, SUM_STRIDE)
+// at SUMS_AT.
+template <int TILES, int WM, int STEPS, int UNITS = 1>
 struct Product {
   static constexpr int WK = WARPS / WM, MINE = TILES / WM, ROWS = TILES * 16;
-  static constexpr int PER_CHUNK = CHUNK_TILES / TILES;           // steps
-  static constexpr int DEPTH = (PER_CHUNK + WK - 1) / WK;         // of them, for each warp
-  static constexpr int BATCH = STEPS % (2 * PER_CHUNK) == 0 ? 2 : 1;  // chunks at a time
+  static constexpr int PER_CHUNK = CHUNK_TILES / TILES;                  // steps
+  static constexpr int CHUNKS = (STEPS + PER_CHUNK - 1) / PER_CHUNK;     // of a unit
+  static constexpr bool WHOLE = STEPS % PER_CHUNK == 0;
+  // Chunks at a time, their steps, and of these each warp's.
+  static constexpr int BATCH = UNITS > 1 ? CHUNKS : WHOLE && CHUNKS % 4 == 0 && SLOTS >= 4 ? 4 : WHOLE && CHUNKS % 2 == 0 ? 2 : 1;
+  static constexpr int AT_ONCE = BATCH * PER_CHUNK, DEPTH = (AT_ONCE + WK - 1) / WK;
+  static constexpr int UNROLLED = FP8 ? 4 : 8;  // as registers allow
   static_assert(WARPS % WM == 0 && TILES % WM == 0 && CHUNK_TILES % TILES == 0, "warps must divide the tiles, and tiles a chunk");
+  static_assert(UNITS * WK * ROWS <= SUM_ROWS && UNITS * BATCH <= SLOTS, "room for the sums and the weights");
 
   static __device__ void multiply(Ring& ring) {
     const u16* rows = (const u16*)(memory + ROWS_AT);
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int wm = warp % WM, wk = warp / WM;
-    float total[MINE][GROUPS][4] = {};
+    float total[UNITS][MINE][GROUPS][4] = {};
 #pragma unroll 1
-    for (int first = 0; first < STEPS; first += BATCH * PER_CHUNK) {
+    for (int first = 0; first < STEPS; first += AT_ONCE) {
       Ring next = ring;
 #pragma unroll
-      for (int c = 0; c < BATCH; ++c) {
+      for (int c = 0; c < UNITS * BATCH; ++c) {
         wait(Ring::arrived(next.slot), next.parity);
         next.advance();
       }
-      next = ring;
+#pragma unroll UNROLLED
+      for (int d = 0; d < DEPTH; ++d) {
+        const int local = wk + d * WK, step = first + local;
+        if ((AT_ONCE % WK && local >= AT_ONCE) || (!WHOLE && step >= STEPS)) continue;
+        uint4 b[GROUPS];
 #pragma unroll
-      for (int c = 0; c < BATCH; ++c) {
-        const char* chunk = memory + next.slot * CHUNK * 1024;
-#pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-          const int local = wk + d * WK, step = first + c * PER_CHUNK + local;
-          if ((PER_CHUNK % WK && local >= PER_CHUNK) || (STEPS % PER_CHUNK && step >= STEPS)) continue;
-          uint4 b[GROUPS];
-#pragma unroll
-          for (int j = 0; j < GROUPS; ++j) {
-            const int token = j * 8 + g < N ? j * 8 + g : N - 1;  // columns beyond N are computed and never read
-            b[j] = *(const uint4*)(rows + place<STEPS>(token, step * 32 + t * 8));
-          }
-          const uint4* tile = (const uint4*)(chunk + (local * TILES + wm * MINE) * TILE_BYTES) + lane;
-#pragma unroll
-          for (int m = 0; m < MINE; ++m) {
-            if constexpr (FP8) {
-              const uint4 codes = tile[m * 32], head = widen8(codes.x, codes.y), tail = widen8(codes.z, codes.w);
-#pragma unroll
-              for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
-#pragma unroll
-              for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
-            } else {
-              const uint4 head = tile[m * 64], tail = tile[m * 64 + 32];
-#pragma unroll
-              for (int j = 0; j < GROUPS; ++j) mma(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
-#pragma unroll
-              for (int j = 0; j < GROUPS; ++j) mma(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
-            }
-          }
+        for (int j = 0; j < GROUPS; ++j) {
+          const int token = j * 8 + g < N ? j * 8 + g : N - 1;  // columns beyond N are computed and never read
+          b[j] = *(const uint4*)(rows + place<STEPS>(token, step * 32 + t * 8));
         }
-        next.advance();
+#pragma unroll
+        for (int u = 0; u < UNITS; ++u) {
+          const int slot = ring.slot + u * BATCH + (PER_CHUNK % WK ? local / PER_CHUNK : d * WK / PER_CHUNK);
+          const char* chunk = memory + (slot < SLOTS ? slot : slot - SLOTS) * CHUNK * 1024;
+          multiply_step((const uint4*)(chunk + (local % PER_CHUNK * TILES + wm * MINE) * TILE_BYTES) + lane, b, total[u]);
+        }
       }
       __syncwarp();
 #pragma unroll
-      for (int c = 0; c < BATCH; ++c) {
+      for (int c = 0; c < UNITS * BATCH; ++c) {
         if (lane == 0) arrive(Ring::consumed(ring.slot));
         ring.advance();
       }
     }
     float* sums = (float*)(memory + SUMS_AT);
 #pragma unroll
-    for (int m = 0; m < MINE; ++m)
+    for (int u = 0; u < UNITS; ++u)
 #pragma unroll
-      for (int j = 0; j < GROUPS; ++j) {
-        float* at = sums + ((wk * ROWS) + (wm * MINE + m) * 16 + g) * SUM_STRIDE + j * 8 + 2 * t;
-        *(float2*)at = make_float2(total[m][j][0], total[m][j][1]);
-        *(float2*)(at + 8 * SUM_STRIDE) = make_float2(total[m][j][2], total[m][j][3]);
-      }
+      for (int m = 0; m < MINE; ++m)
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) {
+          float* at = sums + ((u * WK + wk) * ROWS + (wm * MINE + m) * 16 + g) * SUM_STRIDE + j * 8 + 2 * t;
+          *(float2*)at = make_float2(total[u][m][j][0], total[u][m][j][1]);
+          *(float2*)(at + 8 * SUM_STRIDE) = make_float2(total[u][m][j][2], total[u][m][j][3]);
+        }
     sync();
   }
 
-  static __device__ float sum(int row, int token) {
+  // A lane's part of a step: of the tiles of its warp, each times all tokens.
+  static __device__ void multiply_step(const uint4* tile, const uint4 (&b)[GROUPS], float (&total)[MINE][GROUPS][4]) {
+#pragma unroll
+    for (int m = 0; m < MINE; ++m) {
+      if constexpr (FP8) {
+        const uint4 codes = tile[m * 32], head = widen8(codes.x, codes.y), tail = widen8(codes.z, codes.w);
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) mma_half(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
+      } else {
+        const uint4 head = tile[m * 64], tail = tile[m * 64 + 32];
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) mma(total[m][j], head.x, head.y, head.z, head.w, b[j].x, b[j].y);
+#pragma unroll
+        for (int j = 0; j < GROUPS; ++j) mma(total[m][j], tail.x, tail.y, tail.z, tail.w, b[j].z, b[j].w);
+      }
+    }
+  }
+
+  static __device__ float sum(int row, int token, int unit = 0) {
     const float* sums = (const float*)(memory + SUMS_AT);
     float value = 0.0f;
 #pragma unroll
-    for (int k = 0; k < WK; ++k) value += sums[(k * ROWS + row) * SUM_STRIDE + token];
+    for (int k = 0; k < WK; ++k) value += sums[((unit * WK + k) * ROWS + row) * SUM_STRIDE + token];
     return value;
   }
 };
@@ -527,35 +594,28 @@ struct Norm {
     return FP8 ? widen2(round2(first * inverse, second * inverse)) : narrow2(first, second);
   }
 
-  __device__ void apply(const u32* x) const {
+  // The other warps do what `meanwhile` says while the first waits for x.
+  template <class Work>
+  __device__ void apply(const u32* x, Work meanwhile) const {
     static_assert(SPAN == 1 || ROUNDS * APART * SPAN * 32 * 4 <= EXCHANGE_AT - SUMS_AT, "room for every lane's squares");
     float* squares = (float*)(memory + SUMS_AT);  // (rows, SPAN, 32)
     u16* rows = (u16*)(memory + ROWS_AT);
     const int lane = threadIdx.x & 31, group = (threadIdx.x >> 5) / SPAN, part = (threadIdx.x >> 5) % SPAN;
-    await<W / 8>(x + (N - 1) * W / 2, 4);  // each CTA wrote eight columns
-    uint4 v[ROUNDS][MINE];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int r = 0; r < ROUNDS; ++r)
-#pragma unroll
-        for (int k = 0; k < MINE; ++k) {
-          const int row = group + r * APART < N ? group + r * APART : N - 1;
-          v[r][k] = ask4(x + row * (W / 2) + (column(k) < W ? column(k) : 0) / 2);
-        }
-#pragma unroll
-      for (int r = 0; r < ROUNDS; ++r)
-#pragma unroll
-        for (int k = 0; k < MINE; ++k) all &= complete(v[r][k]);
-    } while (!__all_sync(0xffffffffu, all));
+    // Each CTA wrote eight columns. Of which row one asks does not matter, only that not all ask the same part of L2.
+    await<W / 8>(x + blockIdx.x % N * (W / 2), 4, meanwhile);
+    uint4 v[ROUNDS * MINE];
+    read4(v, [&](int i) {
+      const int row = group + i / MINE * APART, at = column(i % MINE);
+      return x + (row < N ? row : N - 1) * (W / 2) + (at < W ? at : 0) / 2;
+    });
+    __syncwarp();
     float f[ROUNDS];
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
       float sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < MINE; ++k)
-        if (column(k) < W) sum += square(v[r][k].x) + square(v[r][k].y) + square(v[r][k].z) + square(v[r][k].w);
+        if (column(k) < W) sum += square(v[r * MINE + k].x) + square(v[r * MINE + k].y) + square(v[r * MINE + k].z) + square(v[r * MINE + k].w);
       f[r] = sum;
     }
     if constexpr (SPAN > 1) {  // a row's lanes of all warps, in the order of its columns
@@ -582,8 +642,8 @@ struct Norm {
         if (column(k) >= W || row >= N) continue;
         const float4 a = scale[2 * k], b = scale[2 * k + 1], c = shift[2 * k], d = shift[2 * k + 1];
         *(uint4*)(rows + place<W / 32>(row, column(k))) =
-            make_uint4(modulate(v[r][k].x, f[r], a.x, a.y, c.x, c.y), modulate(v[r][k].y, f[r], a.z, a.w, c.z, c.w),
-                       modulate(v[r][k].z, f[r], b.x, b.y, d.x, d.y), modulate(v[r][k].w, f[r], b.z, b.w, d.z, d.w));
+            make_uint4(modulate(v[r * MINE + k].x, f[r], a.x, a.y, c.x, c.y), modulate(v[r * MINE + k].y, f[r], a.z, a.w, c.z, c.w),
+                       modulate(v[r * MINE + k].z, f[r], b.x, b.y, d.x, d.y), modulate(v[r * MINE + k].w, f[r], b.z, b.w, d.z, d.w));
       }
     }
     sync();
@@ -599,7 +659,7 @@ struct Share {
 
   __device__ Share(const Arguments& p, int layer) {
     head = blockIdx.x / SPLITS, rank = blockIdx.x % SPLITS, prefix = *p.length;
-    const int total = prefix + N, share = ((total + SPLITS - 1) / SPLITS + 7) / 8 * 8;
+    const int total = prefix + N, share = share_of(prefix);
     first = rank * share;
     count = total - first < share ? (total - first > 0 ? total - first : 0) : share;
     tiles = (count + 15) / 16;
@@ -698,9 +758,7 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
     }
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (half == 0 && token < N)
-      tell(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top)),
-          tell(mail.stats + (blockIdx.x * N + token) * 2 + 1, __float_as_uint(sum));
+    if (half == 0 && token < N) tell2(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top), __float_as_uint(sum));
   }
   sync();
 #pragma unroll 1
@@ -721,42 +779,41 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail) {
       }
     }
 #pragma unroll
-    for (int j = 0; j < GROUPS; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = j * 8 + 2 * t + (i & 1);
-        if (token < N)
-          tell(mail.parts + (blockIdx.x * N + token) * D + tile * 16 + g + (i >> 1) * 8, __float_as_uint(o[j][i]));
-      }
+    for (int j = 0; j < GROUPS; ++j) {
+      if (j * 8 + 2 * t >= N) continue;
+      u32* to = mail.parts + (blockIdx.x * D + tile * 16 + g) * EVEN + j * 8 + 2 * t;
+      tell2(to, __float_as_uint(o[j][0]), __float_as_uint(o[j][1]));
+      tell2(to + 8 * EVEN, __float_as_uint(o[j][2]), __float_as_uint(o[j][3]));
+    }
   }
 }
 
 // Add up what a head's CTAs found, each by how much it weighs. A CTA has DIMS of the head's dims.
-__device__ __forceinline__ void combine(const Share& my, const Mail& mail, const Scales& scales) {
+template <class Work>
+__device__ __forceinline__ void combine(const Share& my, const Mail& mail, const Scales& scales, Work meanwhile) {
   const float inverse = FP8 ? scales.inverse[1] : 1.0f;
   float* shares = (float*)(memory + SUMS_AT);  // (SPLITS, N), how much each CTA's part weighs
-  float* pieces = (float*)(memory + ROWS_AT);  // (SPLITS, N, DIMS)
-  const u32* parts = mail.parts + my.head * SPLITS * N * D + my.rank * DIMS;
-  await<SPLITS>(mail.parts + (my.head * SPLITS * N + N - 1) * D + D - 1, N * D);
-  constexpr int FOURS = DIMS / 4;
+  float* pieces = (float*)(memory + ROWS_AT);  // (SPLITS, DIMS, EVEN)
+  constexpr int PART = D * EVEN, FOURS = DIMS * EVEN / 4;
+  const u32* parts = mail.parts + my.head * SPLITS * PART + my.rank * DIMS * EVEN;
+  await<SPLITS>(mail.parts + (my.head * SPLITS + 1) * PART - 1, PART, meanwhile);
   static_assert(N * SPLITS <= THREADS, "SPLITS lanes a token");
   const int i = threadIdx.x, of = i / SPLITS < N ? i / SPLITS : N - 1, r = i % SPLITS;
   const u32* stats = mail.stats + ((my.head * SPLITS + r) * N + of) * 2;
   const bool weighs = !warp_beyond(N * SPLITS);
-  u32 top_word = EMPTY, sum_word = EMPTY;
-  if (weighs) top_word = ask(stats), sum_word = ask(stats + 1);  // with the parts, not after them
-  gather<SPLITS * N * FOURS>([&](int i) { return parts + i / FOURS * D + i % FOURS * 4; },
-                             [&](int i, uint4 v) { *(uint4*)(pieces + i * 4) = v; });
+  uint2 found = make_uint2(EMPTY, EMPTY);
+  if (weighs) found = ask2(stats);  // with the parts, not after them
+  gather<SPLITS * FOURS>([&](int i) { return parts + i / FOURS * PART + i % FOURS * 4; },
+                         [&](int i, uint4 v) { *(uint4*)(pieces + i * 4) = v; });
   if (weighs) {
-    if (top_word == EMPTY) top_word = read(stats);
-    if (sum_word == EMPTY) sum_word = read(stats + 1);
+    while (found.x == EMPTY || found.y == EMPTY) found = ask2(stats);
     __syncwarp();
-    const float mine = __uint_as_float(top_word);
+    const float mine = __uint_as_float(found.x);
     float top = mine;
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
     const float weight = __expf(mine - top);
-    float sum = weight * __uint_as_float(sum_word);
+    float sum = weight * __uint_as_float(found.y);
 #pragma unroll
     for (int offset = SPLITS / 2; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (i / SPLITS < N) shares[r * N + of] = weight / sum;
@@ -771,8 +828,8 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail, const
       const float share = shares[r * N + token];
 #pragma unroll
       for (int k = 0; k < PER_WORD / 2; ++k) {
-        const float2 piece = *(const float2*)(pieces + (r * N + token) * DIMS + dim + k * 2);
-        sum[k].x += share * piece.x, sum[k].y += share * piece.y;
+        const float* piece = pieces + (r * DIMS + dim + k * 2) * EVEN + token;
+        sum[k].x += share * piece[0], sum[k].y += share * piece[EVEN];
       }
     }
     u32 word;
@@ -786,15 +843,23 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail, const
 
 // ---------------------------------------------------------------- phases
 
-// Where a thread's pair of a qkv tile goes: 8 dims of a head's first half, and their rotary partners in the second half.
+// Where a thread's pair of a qkv tile goes: 8 dims of a head's first half, and their rotary partners in the second half. If
+// the ring holds two units, they are computed at once, and each half of the threads has one.
 struct HeadPair {
-  int token = threadIdx.x / 8, row = threadIdx.x % 8;
+  static constexpr int UNITS = 2 * Product<1, 1, W / 32>::CHUNKS <= SLOTS ? 2 : 1, APART = THREADS / UNITS;
+  using One = Product<1, 1, W / 32>;
+  using All = Product<1, 1, W / 32, UNITS>;
+  static_assert(8 * N <= APART, "an element a thread");
+  int token = threadIdx.x % APART / 8, row = threadIdx.x % 8;
+  bool mine = false;
   float cosine = 1.0f, sine = 0.0f, scale = 1.0f, partners_scale = 1.0f;
   u32* to;
 
-  // Looks everything up before the product is there. `scales` are those of qkv.
-  __device__ HeadPair(const Arguments& p, const Mail& mail, int unit, int prefix, const float* scales) {
-    if (threadIdx.x >= 8 * N || unit >= QKV_UNITS) return;
+  // Looks everything up before the product is there. `first` is the first unit, and `scales` are those of qkv.
+  __device__ HeadPair(const Arguments& p, const Mail& mail, int first, int prefix, const float* scales) {
+    const int unit = first + threadIdx.x / APART * CTAS;
+    mine = threadIdx.x % APART < up_to(32, 8 * N) && unit < QKV_UNITS;
+    if (!mine || token >= N) return;
     if constexpr (FP8) scale = scales[unit * 16 + row], partners_scale = scales[unit * 16 + 8 + row];
     const int head = unit / (D / 16), dim = unit % (D / 16) * 8 + row, position = prefix + token;
     if (head < H + KV) cosine = p.cosines[position * (D / 2) + dim], sine = p.sines[position * (D / 2) + dim];
@@ -804,10 +869,9 @@ struct HeadPair {
   }
 
   __device__ void store() const {
-    using P = Product<1, 1, W / 32>;
-    if (warp_beyond(8 * N)) return;
-    const int safe = token < N ? token : N - 1;
-    const float a = P::sum(row, safe) * scale, b = P::sum(row + 8, safe) * partners_scale;
+    if (!mine) return;
+    const int safe = token < N ? token : N - 1, unit = threadIdx.x / APART;
+    const float a = All::sum(row, safe, unit) * scale, b = All::sum(row + 8, safe, unit) * partners_scale;
     const float first = a * cosine - b * sine, second = b * cosine + a * sine;
     const float first_next = __shfl_down_sync(0xffffffffu, first, 1), second_next = __shfl_down_sync(0xffffffffu, second, 1);
     if (row % 2 || token >= N) return;
@@ -879,7 +943,7 @@ __device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* inpu
   const u32* from = input + half * (K / 2 / PER_WORD);
   const u32* at_x = x + ((token < N ? token : 0) * W + column) / 2;
   u32 before = ask(at_x);  // written a phase or more ago
-  await<K / 2 / WRITTEN>(from + (N - 1) * (K / PER_WORD), WRITTEN / PER_WORD, meanwhile);
+  await<K / 2 / WRITTEN>(from + blockIdx.x / 2 % N * (K / PER_WORD), WRITTEN / PER_WORD, meanwhile);  // see Norm
   gather<N * ITEMS>([&](int i) { return from + i / ITEMS * (K / PER_WORD) + i % ITEMS * 4; },
                     [&](int i, uint4 v) { put<K / 64>(rows, i / ITEMS, i % ITEMS * 4 * PER_WORD, v); });
   if (before == EMPTY) before = read(at_x);
@@ -906,8 +970,13 @@ __device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* inpu
   if (token < N && row % 2 == 0) tell(to + (token * W + column) / 2, narrow2(value, next));
 }
 
-// Makes EMPTY, in a generation that nobody reads, all that this CTA writes. By all warps but the first.
-__device__ __forceinline__ void empty(const Mail& old) {
+// Makes EMPTY, in a generation that nobody reads, the attention parts that this CTA writes. By all warps but the first.
+__device__ __forceinline__ void empty_parts(const Mail& old) {
+  if (blockIdx.x < H * SPLITS) blank<EVEN * D>(old.parts + blockIdx.x * EVEN * D);
+}
+
+// And all else that it writes.
+__device__ __forceinline__ void empty_rest(const Mail& old) {
   const int cta = blockIdx.x;
   if (cta < PAIRED_UNITS) {
     blank<4>(old.x + cta * 4, N, W / 2);
@@ -926,7 +995,6 @@ __device__ __forceinline__ void empty(const Mail& old) {
     blank<GATE * 8 / PER_WORD>(old.hidden + unit * (GATE * 8 / PER_WORD), N, F / PER_WORD);
   if (cta < H * SPLITS) {
     blank<DIMS / PER_WORD>(old.attended + (cta / SPLITS * D + cta % SPLITS * DIMS) / PER_WORD, N, H * D / PER_WORD);
-    blank<N * D>(old.parts + cta * N * D, 1, 0);
     blank<N * 2>(old.stats + cta * N * 2, 1, 0);
   }
 }
@@ -954,7 +1022,8 @@ __device__ __forceinline__ void prefetch(const float* from, int count) {
 // Final norm, velocity, Euler update and the next step's row, for the token of this CTA. Whatever does not depend on x is
 // asked for before x is there.
 __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* next_x, int step) {
-  __shared__ __align__(16) float normed[W];
+  float* normed = (float*)(memory + SUMS_AT);
+  static_assert(W * 4 <= EXCHANGE_AT - SUMS_AT, "room for a row");
   __shared__ float action[A], squares[WARPS];
   constexpr int MINE = (W + THREADS - 1) / THREADS, EACH = (A + WARPS - 1) / WARPS;  // columns of a thread, outputs of a warp
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.x;
@@ -1026,28 +1095,35 @@ __device__ __forceinline__ void compute(const Arguments& p) {
       const Mail mail(p.mail, round), next(p.mail, round + 1), old(p.mail, round + 2);
       const Share my(p, layer);
       const Scales scales(p, layer);
-      if (blockIdx.x >= PAIRED_UNITS && threadIdx.x >= 32) empty(old), __threadfence();
+      const bool writes_x = blockIdx.x < PAIRED_UNITS, in_norm = writes_x && blockIdx.x < GATE_UNITS;
+      if (!writes_x && threadIdx.x >= 32) empty_parts(old), empty_rest(old), __threadfence();
       HeadPair pair(p, mail, blockIdx.x, my.prefix, scales.qkv);
-      if (blockIdx.x < QKV_UNITS) Norm(modulation, scales.inverse).apply(mail.x);
+      if (blockIdx.x < QKV_UNITS) Norm(modulation, scales.inverse).apply(mail.x, [] {});
 #pragma unroll 1
-      for (int unit = blockIdx.x; unit < QKV_UNITS; unit += CTAS) {
-        if (unit > blockIdx.x) sync();
-        const HeadPair now = pair;
-        if (unit + CTAS < QKV_UNITS) pair = HeadPair(p, mail, unit + CTAS, my.prefix, scales.qkv);
-        Product<1, 1, W / 32>::multiply(ring);
-        now.store();
+      for (int unit = blockIdx.x; unit < QKV_UNITS; unit += HeadPair::UNITS * CTAS) {
+        if (unit > blockIdx.x) sync(), pair = HeadPair(p, mail, unit, my.prefix, scales.qkv);
+        if (unit + (HeadPair::UNITS - 1) * CTAS < QKV_UNITS) HeadPair::All::multiply(ring);
+        else HeadPair::One::multiply(ring);
+        pair.store();
       }
       if (blockIdx.x < H * SPLITS) {
         sync();
         attend(my, mail);
-        combine(my, mail, scales);
+        combine(my, mail, scales, [&] {
+          if (writes_x) empty_parts(old);
+        });
       }
       sync();
       if (blockIdx.x < PAIRED_UNITS)
         project<H * D, DIMS>(ring, parity, mail.attended, mail.x, modulation + 2 * W, scales.out, mail.middle,
-                             [&] { empty(old); });
+                             [&] {
+                               if (!in_norm) empty_rest(old);
+                             });
       sync();
-      if (blockIdx.x < GATE_UNITS) Norm(modulation + 3 * W, scales.inverse + 2).apply(mail.middle);
+      if (blockIdx.x < GATE_UNITS)
+        Norm(modulation + 3 * W, scales.inverse + 2).apply(mail.middle, [&] {
+          if (in_norm) empty_rest(old);
+        });
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < GATE_UNITS; unit += CTAS) {
         if (unit > blockIdx.x) sync();
@@ -1058,13 +1134,16 @@ __device__ __forceinline__ void compute(const Arguments& p) {
       sync();
       if (blockIdx.x < PAIRED_UNITS)
         project<F, GATE * 8>(ring, parity, mail.hidden, mail.middle, modulation + 5 * W, scales.down, next.x,
-                             [] { __threadfence(); });
+                             [] { fence(); });
       sync();
     }
     // A round of its own: the layer that ended wrote x of this round, and some may still be reading it.
     const u32* x = Mail(p.mail, round).x;
     if (blockIdx.x < N) finish(p, x, Mail(p.mail, round + 1).x, step);
-    await<W / 8>(x + (N - 1) * W / 2, 4, [&] { empty(Mail(p.mail, round + 2)), __threadfence(); });
+    await<W / 8>(x + (N - 1) * W / 2, 4, [&] {
+      const Mail old(p.mail, round + 2);
+      empty_parts(old), empty_rest(old), __threadfence();
+    });
     ++round;
     sync();
   }

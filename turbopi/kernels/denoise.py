@@ -1,7 +1,7 @@
 """The kernel of `denoise.cu`, the whole denoise loop in one launch: packing, launching, and its plain-torch twin.
 
 For one observation of π0.5 with at most 16 suffix rows, on GPUs of compute capability 9.0 or more, in bfloat16, or with
-products of E4M3 by E4M3. What led to this form, and what it is worth, is in docs/performance.md.
+products of E4M3 by E4M3. What led to this form, and what it is worth, is in docs/denoise-loop.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GATE_TILES = 4
 CHUNK_BYTES = 16 << 10
 IN_FLIGHT = 1
 """Chunks that a CTA asks memory for at once. More queue up, and what CTAs tell each other queues behind them."""
-STATIC_BYTES = 8 << 10
+STATIC_BYTES = 1 << 10
 """Of shared memory, left for the kernel's own arrays."""
 GENERATIONS = 4
 EMPTY = -1
@@ -208,7 +208,7 @@ class Plan:
         return {
             "W": shape.width, "H": shape.heads, "KV": shape.kv_heads, "D": shape.head_dim, "F": shape.mlp_dim,
             "N": shape.rows, "A": shape.action_dim, "LAYERS": shape.depth, "GATE": GATE_TILES, "KEYS": self.keys,
-            "SPLITS": self.splits, "CTAS": self.ctas, "WARPS": WARPS, "SLOTS": self.slots,
+            "SPLITS": self.splits, "CTAS": self.ctas, "WARPS": WARPS, "CHUNK": CHUNK_BYTES >> 10, "SLOTS": self.slots,
             "IN_FLIGHT": self.in_flight, "FP8": int(self.fp8),
         }  # fmt: skip
 
@@ -224,7 +224,8 @@ class Plan:
         inner = shape.heads * shape.head_dim
         inputs = (inner + shape.mlp_dim) // (4 if self.fp8 else 2)  # of `out` and `down`
         words = shape.rows * (shape.width + inner // 2 + inputs + shape.kv_heads * shape.head_dim)
-        return _up_to(4, words + shape.heads * self.splits * shape.rows * (shape.head_dim + 2))
+        part = _up_to(2, shape.rows) * shape.head_dim + 2 * shape.rows  # of attention, tokens in pairs
+        return _up_to(4, words + shape.heads * self.splits * part)
 
     @property
     def shared_bytes(self) -> int:
@@ -233,7 +234,7 @@ class Plan:
         columns = _up_to(8, shape.rows)
         rows = shape.rows * max(shape.width, shape.heads * shape.head_dim // PAIR, shape.mlp_dim // PAIR)
         cache = keys * (2 * shape.head_dim + 40)
-        pieces = shape.rows * shape.head_dim * 2
+        pieces = _up_to(2, shape.rows) * shape.head_dim * 2
         sums = WARPS // 2 * GATE_TILES * 16 * (columns + 8 - columns % 16) * 4
         scores = shape.rows * (shape.head_dim + 32) * 2 + columns * ((keys + 4) * 4 + (keys + 8) * 2)
         shares = self.splits * shape.rows * 4

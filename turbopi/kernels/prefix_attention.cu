@@ -7,17 +7,11 @@
 //
 // Slots behind the valid keys may hold NaN: their logits are replaced, and their values made zeros in shared memory.
 //
-// Set in front of this file: D head size; SLOTS of the ring; E4M3, whether the result is; and for products of 64 and of D columns the lists of a wgmma,
-// LOGITS_REGISTERS, LOGITS_OPERANDS, LOGITS_INPUTS, LOGITS_ADD, and SUMS_... likewise.
+// Set in front of this file: D head size; SLOTS of the ring; E4M3, whether the result is; and for products of 64 and of D
+// columns the lists of a wgmma, LOGITS_REGISTERS, LOGITS_OPERANDS, LOGITS_INPUTS, LOGITS_ADD, and SUMS_... likewise.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "hopper.cuh"
 
-#define TEXT_OF(x) #x
-#define TEXT(x) TEXT_OF(x)
-
-constexpr int GROUP = 128;             // threads of a warpgroup
 constexpr int TILE = 64;               // rows of a CTA; keys of a block; dims of a piece
 constexpr int PIECES = D / TILE;
 constexpr int PIECE_BYTES = TILE * 128, BLOCK_BYTES = PIECES * PIECE_BYTES;
@@ -27,8 +21,6 @@ constexpr int HALF = D / 4;            // sums of a thread for half of the dims
 static_assert(D % TILE == 0 && D <= 256, "whole pieces");
 
 #define MINUS_INFINITY __int_as_float(0xff800000)
-
-extern __shared__ __align__(1024) char memory[];
 
 struct Arguments {
   alignas(64) u64 queries[16];  // tensor maps
@@ -40,46 +32,13 @@ struct Arguments {
   float scale, inverse;         // of the logits, times log2(e); of the result, if that is E4M3
 };
 
-// ---------------------------------------------------------------- barriers and copies
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  u64 address;
-  asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
-  return (u32)address;
-}
-
-__device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrive; the barrier opens when as many bytes have also been copied.
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-}
+// ---------------------------------------------------------------- copies
 
 // 64 rows of a matrix of D columns, a piece after another.
 __device__ __forceinline__ void copy(const u64* map, u32 to, int row, u32 barrier) {
   expect(barrier, BLOCK_BYTES);
 #pragma unroll
-  for (int piece = 0; piece < PIECES; ++piece)
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            to + piece * PIECE_BYTES),
-        "l"(map), "r"(piece * TILE), "r"(row), "r"(barrier)
-        : "memory");
+  for (int piece = 0; piece < PIECES; ++piece) copy_box(map, to + piece * PIECE_BYTES, piece * TILE, row, barrier);
 }
 
 __device__ __forceinline__ u32 queries_arrived() { return shared_address(memory) + BARRIERS_AT + SLOTS * 16; }
@@ -107,12 +66,6 @@ __device__ __forceinline__ void produce(const Arguments& p, int sample, int row,
 
 // ---------------------------------------------------------------- products
 
-// Of rows of 128 bytes, swizzled, groups of 8 rows `below` bytes apart. Where columns of the product run along the rows,
-// pieces lie `beside` bytes apart.
-__device__ __forceinline__ u64 descriptor(u32 address, u32 beside = 16, u32 below = 1024) {
-  return (u64)(address >> 4) | (u64)(beside >> 4) << 16 | (u64)(below >> 4) << 32 | 1ull << 62;
-}
-
 // d (64 queries, 64 keys) += 16 dims of queries times keys^T, or = if not `add`.
 __device__ __forceinline__ void multiply_keys(float (&d)[TILE / 2], u64 queries, u64 keys, int add) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " LOGITS_ADD ", 0;\n"
@@ -128,35 +81,10 @@ __device__ __forceinline__ void multiply_values(float (&d)[D / 2], const u32* we
                : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(values));
 }
 
-// Registers that are not written later than here, nor read before.
-template <int COUNT>
-__device__ __forceinline__ void written(float (&d)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-template <int COUNT>
-__device__ __forceinline__ void written(u32 (&d)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(d[i])::"memory");
-}
-
 template <int COUNT>
 __device__ __forceinline__ void finish(float (&d)[COUNT]) {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+  commit<0>();
   written(d);
-}
-
-__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void release(u32 emptied) {
-  if (threadIdx.x % 32 == 0) arrive(emptied);
-}
-
-__device__ __forceinline__ u32 narrow2(float first, float second) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  return pair;
 }
 
 __device__ __forceinline__ float power(float x) {
@@ -254,9 +182,7 @@ __device__ __forceinline__ void combine(float (&sums)[D / 2], Softmax& softmax, 
 
 __device__ __forceinline__ void store(const Arguments& p, u64 pair, float first, float second) {
 #if E4M3
-  u16 both;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(second * p.inverse), "f"(first * p.inverse));
-  ((u16*)p.out)[pair] = both;
+  ((u16*)p.out)[pair] = narrow2_e4m3(first * p.inverse, second * p.inverse);
 #else
   ((u32*)p.out)[pair] = narrow2(first, second);
 #endif
@@ -311,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) prefix_attention(cons
   if (threadIdx.x == 0) {
     for (Ring ring{0}; ring.at < SLOTS; ++ring.at) init(ring.filled(), 1), init(ring.emptied(), GROUP / 32);
     init(queries_arrived(), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+    show_barriers();
   }
   __syncthreads();
   const int tiles = (p.rows + TILE - 1) / TILE, sample = blockIdx.x / tiles, row = blockIdx.x % tiles * TILE;

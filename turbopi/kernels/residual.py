@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._common import cdiv, dense, next_power_of_2, row_warps, same_dtype, vector
+from ._dependent import after_the_last, options
 from ._fp8 import check_inverse, narrow
 from ._triton import tl, triton
 from .rms_norm import rms_norm_ref
@@ -82,10 +83,12 @@ def _gated_residual_norm(
     GATED: tl.constexpr,
     MODULATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * width
     offsets = tl.arange(0, BLOCK)
     inside = offsets < width
+    after_the_last(DEPENDENT)
     f = tl.load(x + row + offsets, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(update + row + offsets, mask=inside, other=0.0).to(tl.float32)
     if GATED:
@@ -143,5 +146,5 @@ def gated_residual_norm(
         GATED=gate is not None,
         MODULATED=scale is not None,
         BLOCK=block,
-        num_warps=row_warps(block),
+        **options(x, row_warps(block)),
     )

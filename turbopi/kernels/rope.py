@@ -53,11 +53,14 @@ def rotate_and_store_ref(
     keys: Tensor,
     values: Tensor,
     rows_per_sample: int,
+    scale: Tensor | None = None,
 ) -> None:
     """Twin of `rotate_and_store`."""
     batch, heads, head_dim = check_rotation(*matrix("qkv", qkv), cos, sin, first, q_out, keys, values, rows_per_sample)
+    vector("scale", scale, qkv.shape[1])
     kv_heads = keys.shape[1]
-    heads_of_row = qkv.view(batch, rows_per_sample, heads + 2 * kv_heads, head_dim)
+    scaled = qkv if scale is None else qkv.float() * scale
+    heads_of_row = scaled.view(batch, rows_per_sample, heads + 2 * kv_heads, head_dim)
     place = first.long()[:, None] + torch.arange(rows_per_sample, device=qkv.device)
     c, s = cos[place][:, :, None], sin[place][:, :, None]
     a, b = heads_of_row[:, :, : heads + kv_heads].float().chunk(2, dim=-1)
@@ -71,6 +74,7 @@ def rotate_and_store_ref(
 @triton.jit
 def _rotate_and_store(
     qkv,
+    scale,
     cos,
     sin,
     first,
@@ -87,6 +91,7 @@ def _rotate_and_store(
     v_batch,
     v_head,
     v_slot,
+    SCALED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -103,6 +108,10 @@ def _rotate_and_store(
     source = qkv + row * qkv_stride + head * (2 * HALF) + dims
     a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        columns = scale + head * (2 * HALF) + dims
+        a *= tl.load(columns, mask=dims < HALF, other=0.0)
+        b *= tl.load(columns + HALF, mask=dims < HALF, other=0.0)
     # A value is not rotated: cos 1, sin 0.
     turning = inside & (dims < tl.where(head < HEADS + KV_HEADS, HALF, 0))
     angle = place[:, None] * HALF + dims
@@ -133,20 +142,24 @@ def rotate_and_store(
     keys: Tensor,
     values: Tensor,
     rows_per_sample: int,
+    scale: Tensor | None = None,
 ) -> None:
     """Rotate queries and keys, and put keys and values in their slots of the cache.
 
-    qkv (B*N, (H+2KV)*d) with rows [queries, keys, values] -> q_out (B*N, H*d), keys and values (B, KV, slots, d).
+    qkv (B*N, (H+2KV)*d) with rows [queries, keys, values] -> q_out (B*N, H*d), keys and values (B, KV, slots, d); each
+    column of qkv first times `scale` ((H+2KV)*d,) float32 where given.
     Row j of sample b has position and slot first[b] + j; `first` is (B,) int32 on the device. cos and sin are
     (positions, d/2) float32, pairs are (i, i + d/2), the rotation is in float32 with one rounding. The caller makes
     sure that first[b] + N fits the slots and the table. Raises ValueError where shapes do not fit.
     """
     _, heads, head_dim = check_rotation(*matrix("qkv", qkv), cos, sin, first, q_out, keys, values, rows_per_sample)
+    vector("scale", scale, qkv.shape[1])
     rows, kv_heads, half = qkv.shape[0], keys.shape[1], head_dim // 2
     block_rows = 8 if rows >= 256 else 1
     grid = (cdiv(rows, block_rows), heads + 2 * kv_heads)
     _rotate_and_store[grid](
         qkv,
+        scale,
         cos,
         sin,
         first,
@@ -163,6 +176,7 @@ def rotate_and_store(
         values.stride(0),
         values.stride(1),
         values.stride(2),
+        SCALED=scale is not None,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=half,

@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import row_attention_cluster as cluster
 from . import row_attention_wgmma as wgmma
 from ._common import cdiv, next_power_of_2, precision
 from ._dependent import after_the_last, fetch, fetching, options
+from ._fp8 import check_inverse, narrow
 from ._triton import tl, triton
 from .attention import LOG2_E, Shape, attention_ref, check_attention, check_partial, over_keys
 from .tuning import AttentionConfig, tuned
@@ -30,10 +32,11 @@ def row_attention_ref(
     state_token: bool = False,
     config: AttentionConfig | None = None,
     ahead: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `row_attention`."""
     check_partial(partial, partial_lse, check_attention(q, keys, values, lengths, out, rows_per_sample))
-    attention_ref(q, keys, values, lengths, out, rows_per_sample, extra, state_token)
+    attention_ref(q, keys, values, lengths, out, rows_per_sample, extra, state_token, inverse=inverse)
 
 
 @triton.jit
@@ -75,9 +78,9 @@ def _row_attention(
 
 @triton.jit
 def _row_combine(
-    partial, lse, out, lines, out_row, ahead, ahead_size, ahead_piece, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, LANES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    partial, lse, out, lines, out_row, inverse, ahead, ahead_size, ahead_piece, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    LANES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     fetch(ahead, ahead_size, ahead_piece, LANES, DEPENDENT)
     line = tl.program_id(0).to(tl.int64)
@@ -92,7 +95,7 @@ def _row_combine(
     mass = tl.sum(weights, axis=0)
     acc = tl.sum(parts * weights[:, None], axis=0) / tl.where(mass > 0.0, mass, 1.0)
     target = out + line // HEADS * out_row + line % HEADS * HEAD_DIM + dims
-    tl.store(target, acc.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(target, narrow(acc, inverse, out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def default_config(rows: int, head_dim: int, dtype: torch.dtype) -> AttentionConfig:
@@ -160,15 +163,21 @@ def row_attention(
     state_token: bool = False,
     config: AttentionConfig | None = None,
     ahead: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
-    """`attention_split`, its logits not scaled: two launches. During the second `ahead` is brought into L2.
+    """`attention_split`, its logits not scaled: one launch, or two. Behind all others `ahead` is brought into L2.
 
-    `config` None takes the kernel for Hopper where it runs, else tiles for this GPU and shape.
+    `config` None takes one of the kernels for Hopper where it runs, else tiles for this GPU and shape. `out` in E4M3
+    holds the result times `inverse`, saturated.
 
     Raises ValueError where shapes do not fit.
     """
     shape = check_attention(q, keys, values, lengths, out, rows_per_sample)
     splits = check_partial(partial, partial_lse, shape)
+    check_inverse(out, inverse)
+    if config is None and not cluster.obstacles(q, keys, values, out):
+        cluster.launch(q, keys, values, lengths, out, shape, extra, state_token, ahead)
+        return
     if config is None and wgmma.runs(q, keys, splits):
         parts = (partial, partial_lse, rows_per_sample, extra, state_token, LOG2_E)
         wgmma.launch(q, keys, values, lengths, *parts)
@@ -181,6 +190,7 @@ def row_attention(
         out,
         lines,
         out.stride(0),
+        inverse,
         HEADS=shape.heads,
         HEAD_DIM=shape.head_dim,
         BLOCK_DIM=next_power_of_2(shape.head_dim),

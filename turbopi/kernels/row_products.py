@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import row_products_tma as tma
-from ._common import cdiv, matrix, next_power_of_2, planes, precision, same_dtype
+from ._common import cdiv, matrix, next_power_of_2, planes, precision, same_dtype, vector
 from ._dependent import after_the_last, options
+from ._fp8 import check_inverse, narrow
 from ._triton import tl, triton
 from .geglu import gelu_tanh
 from .geglu_linear import geglu_linear_ref
@@ -55,25 +56,36 @@ def _two_sums(
 
 
 @triton.jit
+def _scale_of(scale, columns, inside):
+    """By which each column's sums are multiplied: what no kernel writes, so it is read before this one's turn."""
+    factor = 1.0
+    if scale is not None:
+        factor = tl.load(scale + columns, mask=inside, other=0.0)[None, :]
+    return factor
+
+
+@triton.jit
 def _row_geglu(
-    x, w, out, m, f, k, x_stride, w_stride, out_stride, BLOCK_M: tl.constexpr,
+    x, w, out, scale, m, f, k, x_stride, w_stride, out_stride, inverse, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_scale, up_scale = _scale_of(scale, columns, columns < f), _scale_of(scale, f + columns, columns < f)
     after_the_last(DEPENDENT)
     gate, up = _two_sums(
         x, w, rows, columns, f + columns, columns < f, m, k, x_stride, w_stride, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )
     inside = (rows < m)[:, None] & (columns < f)[None, :]
     target = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    tl.store(target, (gelu_tanh(gate) * up).to(out.dtype.element_ty), mask=inside)
+    product = gelu_tanh(gate * gate_scale) * (up * up_scale)
+    tl.store(target, narrow(product, inverse, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _row_qkv(
-    x, w, cos, sin, first, q_out, keys, values, m, k, rows_per_sample, x_stride, w_stride, q_stride, k_batch, k_head,
-    k_slot, v_batch, v_head, v_slot, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    x, w, scale, cos, sin, first, q_out, keys, values, m, k, rows_per_sample, x_stride, w_stride, q_stride, k_batch,
+    k_head, k_slot, v_batch, v_head, v_slot, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -82,6 +94,8 @@ def _row_qkv(
     dims = tl.program_id(1) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (row < m)[:, None] & (dims < HALF)[None, :]
+    low_rows = head * (2 * HALF) + dims
+    low_scale, high_scale = _scale_of(scale, low_rows, dims < HALF), _scale_of(scale, low_rows + HALF, dims < HALF)
     after_the_last(DEPENDENT)
     sample = row // rows_per_sample
     place = tl.load(first + sample, mask=row < m, other=0) + row - sample * rows_per_sample
@@ -90,11 +104,11 @@ def _row_qkv(
     angle = place[:, None] * HALF + dims[None, :]
     c = tl.load(cos + angle, mask=turning, other=1.0)
     s = tl.load(sin + angle, mask=turning, other=0.0)
-    low_rows = head * (2 * HALF) + dims
     a, b = _two_sums(
         x, w, row, low_rows, low_rows + HALF, dims < HALF, m, k, x_stride, w_stride, BLOCK_M, BLOCK_N, BLOCK_K,
         PRECISION,
     )  # fmt: skip
+    a, b = a * low_scale, b * high_scale
     low, high = a * c - b * s, b * c + a * s
     token, sample, slot = row.to(tl.int64)[:, None], sample.to(tl.int64)[:, None], place.to(tl.int64)[:, None]
     if head < HEADS:
@@ -113,7 +127,7 @@ def _row_qkv(
 
 @triton.jit
 def _row_parts(
-    x, w, parts, m, n, k, part, x_stride, w_stride, BLOCK_M: tl.constexpr,
+    x, w, scale, parts, m, n, k, part, x_stride, w_stride, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,6 +137,7 @@ def _row_parts(
     x_rows = x + rows.to(tl.int64)[:, None] * x_stride
     w_rows = w + columns.to(tl.int64)[:, None] * w_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    factor = _scale_of(scale, columns, columns < n)
     after_the_last(DEPENDENT)
     for start in range(begin, tl.minimum(begin + part, k), BLOCK_K):
         at = (start + depth)[None, :]
@@ -130,7 +145,7 @@ def _row_parts(
         b = tl.load(w_rows + at, mask=(columns < n)[:, None] & (at < k), other=0.0)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
     place = (tl.program_id(2).to(tl.int64) * m + rows)[:, None] * n + columns[None, :]
-    tl.store(parts + place, acc, mask=(rows < m)[:, None] & (columns < n)[None, :])
+    tl.store(parts + place, acc * factor, mask=(rows < m)[:, None] & (columns < n)[None, :])
 
 
 def _block_m(m: int, config: GemmConfig) -> int:
@@ -171,26 +186,46 @@ def _tile(config: GemmConfig, x: Tensor) -> dict[str, object]:
     }
 
 
-def row_geglu_ref(x: Tensor, w_gate_up: Tensor, out: Tensor, config: GemmConfig | None = None) -> None:
+def row_geglu_ref(
+    x: Tensor,
+    w_gate_up: Tensor,
+    out: Tensor,
+    config: GemmConfig | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
+) -> None:
     """Twin of `row_geglu`."""
-    geglu_linear_ref(x, w_gate_up, out)
+    geglu_linear_ref(x, w_gate_up, out, scale=scale, inverse=inverse)
 
 
-def row_geglu(x: Tensor, w_gate_up: Tensor, out: Tensor, config: GemmConfig | None = None) -> None:
+def row_geglu(
+    x: Tensor,
+    w_gate_up: Tensor,
+    out: Tensor,
+    config: GemmConfig | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
+) -> None:
     """`geglu_linear` for few rows: out (M,F) = tanh-GELU(x gate^T) * (x up^T), w_gate_up (2F,K) gate first.
 
-    Raises ValueError where shapes do not fit.
+    In E4M3, as there: both products times `scale` (2F,), `out` times `inverse`. Raises ValueError where shapes do not
+    fit.
     """
     m, k = matrix("x", x)
     _, f = matrix("out", out, m)
     matrix("w_gate_up", w_gate_up, 2 * f, k)
     same_dtype("x", x, "w_gate_up", w_gate_up)
+    vector("scale", scale, 2 * f)
+    check_inverse(out, inverse)
     config = config or tuned("row_geglu", GemmConfig, x, (m, f, k)) or default_config(m, x.dtype, 32)
+    _check_config(config, x, w_gate_up, half=f)
     if config.descriptors:
-        raise ValueError(f"row_geglu has no form with descriptors: {config}")
+        tma.launch(x, w_gate_up, out, config, scale=scale, half=f, inverse=inverse)
+        return
     grid = (cdiv(m, _block_m(m, config)), cdiv(f, config.block_n), 1)
     strides = x.stride(0), w_gate_up.stride(0), out.stride(0)
-    _row_geglu[grid](x, w_gate_up, out, m, f, k, *strides, **_tile(config, x), **options(x, config.warps))
+    sizes = (m, f, k, *strides, inverse)
+    _row_geglu[grid](x, w_gate_up, out, scale, *sizes, **_tile(config, x), **options(x, config.warps))
 
 
 def row_qkv_ref(
@@ -204,9 +239,11 @@ def row_qkv_ref(
     values: Tensor,
     rows_per_sample: int,
     config: GemmConfig | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """Twin of `row_qkv`."""
     qkv = x.float() @ weight.float().T
+    qkv = qkv if scale is None else qkv * scale
     rotate_and_store_ref(qkv, cos, sin, first, q_out, keys, values, rows_per_sample)
 
 
@@ -221,27 +258,31 @@ def row_qkv(
     values: Tensor,
     rows_per_sample: int,
     config: GemmConfig | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """The product with merged q, k, v weights, and `rotate_and_store` on its way out, rounded once.
 
     x (B*N,K), weight ((H+2KV)*d,K); the rest as in `rotate_and_store`. config.block_n columns of a head's first half
-    and as many of its second make a tile. Raises ValueError where shapes do not fit.
+    and as many of its second make a tile. x and weight may be in E4M3, each column's sums then times `scale`, a float32
+    for each row of weight. Raises ValueError where shapes do not fit.
     """
     m, k = matrix("x", x)
     width, _ = matrix("weight", weight, width=k)
     same_dtype("x", x, "weight", weight)
+    vector("scale", scale, width)
     _, heads, head_dim = check_rotation(m, width, cos, sin, first, q_out, keys, values, rows_per_sample)
     kv_heads, half = keys.shape[1], head_dim // 2
     config = config or _choose("row_qkv", x, weight, 16, (m, width, k), half=half)
     _check_config(config, x, weight, half=half)
     if config.descriptors:
         rotation = (cos, sin, first, keys, values, rows_per_sample)
-        tma.launch(x, weight, q_out, config, 1, rotation, (heads, kv_heads, half))
+        tma.launch(x, weight, q_out, config, scale=scale, half=half, rotation=rotation, heads=(heads, kv_heads))
         return
     grid = (cdiv(m, _block_m(m, config)), (heads + 2 * kv_heads) * cdiv(half, config.block_n), 1)
     _row_qkv[grid](
         x,
         weight,
+        scale,
         cos,
         sin,
         first,
@@ -264,37 +305,45 @@ def row_qkv(
     )
 
 
-def row_parts_ref(x: Tensor, weight: Tensor, parts: Tensor, config: GemmConfig | None = None) -> None:
+def row_parts_ref(
+    x: Tensor, weight: Tensor, parts: Tensor, config: GemmConfig | None = None, scale: Tensor | None = None
+) -> None:
     """Twin of `row_parts`: K is cut where the kernel cuts it without a config."""
-    splits, _, _, k = _check_parts(x, weight, parts)
+    splits, _, _, k = _check_parts(x, weight, parts, scale)
     parts.zero_()
     for at, columns in enumerate(torch.arange(k).split(cdiv(k, splits))):
         parts[at] = x[:, columns].float() @ weight[:, columns].float().T
+    if scale is not None:
+        parts *= scale
 
 
-def _check_parts(x: Tensor, weight: Tensor, parts: Tensor) -> tuple[int, int, int, int]:
+def _check_parts(x: Tensor, weight: Tensor, parts: Tensor, scale: Tensor | None) -> tuple[int, int, int, int]:
     m, k = matrix("x", x)
     n, _ = matrix("weight", weight, width=k)
     same_dtype("x", x, "weight", weight)
+    vector("scale", scale, n)
     return planes("parts", parts, m, n), m, n, k
 
 
-def row_parts(x: Tensor, weight: Tensor, parts: Tensor, config: GemmConfig | None = None) -> None:
+def row_parts(
+    x: Tensor, weight: Tensor, parts: Tensor, config: GemmConfig | None = None, scale: Tensor | None = None
+) -> None:
     """parts (S,M,N) float32, whose sum is x (M,K) weight (N,K)^T: K in S parts, for `row_sum_norm` to add up.
 
-    Raises ValueError where shapes do not fit.
+    x and weight may be in E4M3, each column then times `scale` (N,) float32. Raises ValueError where shapes do not fit.
     """
-    splits, m, n, k = _check_parts(x, weight, parts)
+    splits, m, n, k = _check_parts(x, weight, parts, scale)
     config = config or _choose("row_parts", x, weight, 64, (m, n, k, splits), splits)
     _check_config(config, x, weight, splits)
     if config.descriptors:
-        tma.launch(x, weight, parts, config, splits)
+        tma.launch(x, weight, parts, config, splits, scale)
         return
     part = cdiv(cdiv(k, splits), config.block_k) * config.block_k
     grid = (cdiv(m, _block_m(m, config)), cdiv(n, config.block_n), splits)
     _row_parts[grid](
         x,
         weight,
+        scale,
         parts,
         m,
         n,

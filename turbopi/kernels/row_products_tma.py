@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._common import aligned, cdiv
 from ._dependent import on_hopper, options
+from ._fp8 import E4M3
 from ._triton import gl, gluon, gluon_descriptor, hopper, nvidia
 from .tuning import GemmConfig
 
@@ -40,7 +41,7 @@ def _ask_for_weights(w, first, second, depth, bars, w_shared, TWO: gl.constexpr,
         hopper.mbarrier.init(bars.index(i), count=1)
     for i in gl.static_range(STEPS):
         bar = bars.index(i)
-        hopper.mbarrier.expect(bar, (blocks * block_n + 64) * block_k * 2)
+        hopper.mbarrier.expect(bar, (blocks * block_n + 64) * block_k * (w.dtype.primitive_bitwidth // 8))
         hopper.tma.async_copy_global_to_shared(w, [first, depth + i * block_k], bar, w_shared.index(blocks * i))
         if TWO:
             place = w_shared.index(blocks * i + 1)
@@ -122,28 +123,53 @@ def _store_heads(
 
 
 @gluon.jit
+def _scale_of(scale, columns):
+    """By which each column's sums are multiplied."""
+    factor = 1.0
+    if scale is not None:
+        factor = gl.load(scale + columns)[None, :]
+    return factor
+
+
+@gluon.jit
+def _geglu(gate, up, inverse, dtype: gl.constexpr):
+    """tanh-GELU(gate) * up, to `dtype`; to E4M3 as `_fp8.narrow`."""
+    y = gate / (1.0 + gl.exp(-1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))) * up
+    if dtype == gl.float8e4nv:
+        y *= inverse
+        # Comparisons with NaN are false: it stays.
+        y = gl.where(y > 448.0, 448.0, gl.where(y < -448.0, -448.0, y))
+    return y.to(dtype)
+
+
+@gluon.jit
 def _row_product(
-    x, w, out, cos, sin, first, keys, values, m, rows_per_sample, out_stride, k_batch, k_head, k_slot, v_batch, v_head,
-    v_slot, QKV: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HALF: gl.constexpr, STEPS: gl.constexpr,
+    x, w, out, scale, cos, sin, first, keys, values, m, rows_per_sample, inverse, out_stride, k_batch, k_head, k_slot,
+    v_batch, v_head, v_slot, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, HALF: gl.constexpr, STEPS: gl.constexpr,
     RING: gl.constexpr, WARPS: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
+    # Queries, keys and values have heads, gate and up two halves alone; parts of a product neither.
+    QKV: gl.constexpr = HEADS > 0
+    TWO: gl.constexpr = HALF > 0
     block_n: gl.constexpr = w.block_shape[0]
     block_k: gl.constexpr = w.block_shape[1]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, block_n, 16])
-    vector: gl.constexpr = 8 if QKV else 4
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, block_n, 256 // w.dtype.primitive_bitwidth])
+    vector: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     lanes: gl.constexpr = [32 * vector // block_n, block_n // vector]
     flat: gl.constexpr = gl.BlockedLayout([1, vector], lanes, [WARPS, 1], [1, 0])
     column, row, depth = gl.program_id(0) * block_n, gl.program_id(2) * 64, gl.program_id(1) * (STEPS * block_k)
-    first_row, second_row = column, column
+    first_row = column
     if QKV:
         blocks: gl.constexpr = HALF // block_n
         head, dim = gl.program_id(0) // blocks, gl.program_id(0) % blocks * block_n
         first_row = head * (2 * HALF) + dim
-        second_row = first_row + HALF
-    w_shared = gl.allocate_shared_memory(gl.bfloat16, [(2 if QKV else 1) * STEPS, block_n, block_k], w.layout)
-    x_shared = gl.allocate_shared_memory(gl.bfloat16, [RING, 64, block_k], x.layout)
+    second_row = first_row + HALF
+    w_shared = gl.allocate_shared_memory(w.dtype, [(2 if TWO else 1) * STEPS, block_n, block_k], w.layout)
+    x_shared = gl.allocate_shared_memory(w.dtype, [RING, 64, block_k], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STEPS, 1], hopper.mbarrier.MBarrierLayout())
-    _ask_for_weights(w, first_row, second_row, depth, bars, w_shared, QKV, STEPS)
+    _ask_for_weights(w, first_row, second_row, depth, bars, w_shared, TWO, STEPS)
+    scaled = gl.arange(0, block_n, layout=gl.SliceLayout(0, mma))
+    first_scale, second_scale = _scale_of(scale, first_row + scaled), _scale_of(scale, second_row + scaled)
     _after_the_last(DEPENDENT)
     _ask_for_rows(x, row, depth, bars, x_shared)
     if QKV:
@@ -152,7 +178,8 @@ def _row_product(
         turned = head < HEADS + KV_HEADS
         c, s = _rotation(cos, sin, first, tile_rows, tile_dims, m, rows_per_sample, turned, HALF)
     zero = gl.zeros((64, block_n), dtype=gl.float32, layout=mma)
-    a, b = _multiply(x, row, depth, bars, x_shared, w_shared, zero, zero, QKV, STEPS)
+    a, b = _multiply(x, row, depth, bars, x_shared, w_shared, zero, zero, TWO, STEPS)
+    a, b = a * first_scale, b * second_scale
     rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, flat))
     columns = gl.arange(0, block_n, layout=gl.SliceLayout(0, flat))
     if QKV:
@@ -165,18 +192,23 @@ def _row_product(
     else:
         place = (gl.program_id(1).to(gl.int64) * m + rows)[:, None] * out_stride + (column + columns)[None, :]
         inside = (rows < m)[:, None] & (columns < block_n)[None, :]
+        if TWO:
+            a = _geglu(a, b, inverse, out.dtype.element_ty)
         gl.store(out + place, gl.convert_layout(a, flat), mask=inside)
 
 
 def obstacles(x: Tensor, weight: Tensor, config: GemmConfig, splits: int = 1, half: int = 0) -> list[str]:
-    """Why these kernels cannot multiply so; empty if they can. `half` of a head, for queries, keys and values."""
+    """Why these kernels cannot multiply so; empty if they can.
+
+    `half` of a head, for queries, keys and values, or of the columns, for gate and up.
+    """
     found = []
     if not on_hopper(x):
         found.append("they need Triton 3.6 and a Hopper GPU")
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
-        found.append(f"x is {x.dtype}, expected torch.bfloat16")
+    if x.dtype not in (torch.bfloat16, E4M3) or weight.dtype != x.dtype:
+        found.append(f"x is {x.dtype}, expected torch.bfloat16 or {E4M3}, as the weight is")
     n, k = weight.shape
-    shared = _shared(k // splits, config, 2 if half else 1)
+    shared = _shared(k // splits, config, 2 if half else 1, x.itemsize)
     if k % (splits * config.block_k) or (half or n) % config.block_n or not 16 <= config.block_n <= 128:
         found.append(f"weight {tuple(weight.shape)} is no multiple of {config} in {splits} parts")
     elif shared > MOST_SHARED:
@@ -188,10 +220,10 @@ def obstacles(x: Tensor, weight: Tensor, config: GemmConfig, splits: int = 1, ha
     return found
 
 
-def _shared(depth: int, config: GemmConfig, blocks: int) -> int:
+def _shared(depth: int, config: GemmConfig, blocks: int, itemsize: int) -> int:
     """Bytes of weights, of the ring of rows, and of barriers."""
     ring = min(config.stages, depth // config.block_k)
-    return (blocks * config.block_n * depth + ring * BLOCK_M * config.block_k) * 2 + 1024
+    return (blocks * config.block_n * depth + ring * BLOCK_M * config.block_k) * itemsize + 1024
 
 
 def launch(
@@ -200,16 +232,19 @@ def launch(
     out: Tensor,
     config: GemmConfig,
     splits: int = 1,
+    scale: Tensor | None = None,
+    half: int = 0,
     rotation: tuple[Any, ...] = (None, None, None, None, None, 1),
-    heads: tuple[int, int, int] = (1, 1, 0),
+    heads: tuple[int, int] = (0, 0),
+    inverse: float = 1.0,
 ) -> None:
-    """The parts of a product, or queries, keys and values. config.stages is the depth of the ring of rows.
+    """The parts of a product; with a `half` GeGLU of gate and up, or, with heads too, queries, keys and values.
 
-    `rotation` is cos, sin, first, keys, values, rows_per_sample; `heads` query heads, key heads, half of a head.
-    `obstacles` were asked for before.
+    config.stages is the depth of the ring of rows. `scale` multiplies each column's sums, `inverse` GeGLU in E4M3;
+    `rotation` is cos, sin, first, keys, values, rows_per_sample; `heads` query heads, key heads. `obstacles` were asked
+    for before.
     """
     m, k = x.shape
-    half = heads[2]
     steps = k // splits // config.block_k
     columns = len(weight) // 2 if half else len(weight)
     *tables, keys, values, rows_per_sample = rotation
@@ -218,14 +253,15 @@ def launch(
         gluon_descriptor(x, [BLOCK_M, config.block_k]),
         gluon_descriptor(weight, [config.block_n, config.block_k]),
         out,
+        scale,
         *tables,
         keys,
         values,
         m,
         rows_per_sample,
+        inverse,
         out.stride(-2),
         *strides,
-        QKV=half > 0,
         HEADS=heads[0],
         KV_HEADS=heads[1],
         HALF=half,

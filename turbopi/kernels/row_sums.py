@@ -7,10 +7,13 @@ from torch import Tensor
 
 from ._common import dense, next_power_of_2, planes, vector
 from ._dependent import after_the_last, options
+from ._fp8 import E4M3, check_inverse, narrow
 from ._triton import tl, triton
 from .rms_norm import rms_norm_ref
 
 WARPS = 4
+WARPS_TO_E4M3 = 8
+"""Of a program, which has one row."""
 
 
 def _check(
@@ -34,17 +37,18 @@ def row_sum_norm_ref(
     shift: Tensor | None,
     out: Tensor,
     eps: float = 1e-6,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `row_sum_norm`."""
     _check(parts, x, gate, scale, shift, out)
     update = parts.sum(0)
     x.copy_(x.float() + (update if gate is None else update * gate))
-    rms_norm_ref(x, out, scale, shift, eps)
+    rms_norm_ref(x, out, scale, shift, eps, inverse)
 
 
 @triton.jit
 def _row_sum_norm(
-    parts, x, gate, scale, shift, out, rows, width, eps, SPLITS: tl.constexpr,
+    parts, x, gate, scale, shift, out, rows, width, eps, inverse, SPLITS: tl.constexpr,
     GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -71,7 +75,7 @@ def _row_sum_norm(
     normed = f * tl.rsqrt(tl.sum(f * f, axis=0) / width + eps)
     if MODULATED:
         normed = normed * weight + bias
-    tl.store(out + row * width + offsets, normed.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + offsets, narrow(normed, inverse, out.dtype.element_ty), mask=inside)
 
 
 def row_sum_norm(
@@ -82,12 +86,15 @@ def row_sum_norm(
     shift: Tensor | None,
     out: Tensor,
     eps: float = 1e-6,
+    inverse: float = 1.0,
 ) -> None:
     """x (M,D) += gate (D,) * the sum of parts (S,M,D) float32, in the order of S; then out (M,D) = `rms_norm` of x.
 
-    gate, scale, shift are float32 or None (scale and shift together). Raises ValueError where shapes do not fit.
+    gate, scale, shift are float32 or None (scale and shift together). `out` in E4M3 holds the norm times `inverse`,
+    saturated. Raises ValueError where shapes do not fit.
     """
     rows, width = _check(parts, x, gate, scale, shift, out)
+    check_inverse(out, inverse)
     _row_sum_norm[(rows,)](
         parts,
         x,
@@ -98,9 +105,10 @@ def row_sum_norm(
         rows,
         width,
         eps,
+        inverse,
         SPLITS=len(parts),
         GATED=gate is not None,
         MODULATED=scale is not None,
         BLOCK=next_power_of_2(width),
-        **options(x, WARPS),
+        **options(x, WARPS_TO_E4M3 if out.dtype == E4M3 else WARPS),
     )

@@ -1,93 +1,23 @@
-// hidden (rows, N / 2) = tanh-GELU(x gate^T) * (x up^T) in bfloat16, by Hopper's warpgroup instructions.
+// hidden (rows, N / 2) = tanh-GELU(x gate^T) * (x up^T) by Hopper's warpgroup instructions, in bfloat16, or E4M3 throughout.
 //
-// Computed transposed, weights x tokens^T: weight rows are wgmma's M, tokens its N, which may be any multiple of 8. So a
-// tile is ROWS weight rows by TOKENS tokens, and TOKENS is chosen to divide a prefix where tiles of 128 would be padded.
-//
-// A CTA a multiprocessor: a warp that produces, and two warpgroups that multiply, each 128 weight rows by all tokens of the
-// tile. The producer copies blocks of 64 of K of both operands into a ring of SLOTS, each row 128 bytes, swizzled as wgmma
-// reads them. Neighbouring CTAs take the token tiles of one weight tile at the same time, so that memory is asked for it
-// once.
+// Persistent tiles, a CTA a multiprocessor (tiles.cuh). TOKENS is chosen to divide a prefix where tiles of 128 would be
+// padded. Neighbouring CTAs take the token tiles of one weight tile at the same time, so that memory is asked for it once.
 //
 // Weight rows are reordered at load (`geglu_order` in tiled_geglu.py), so that what one thread has summed up is gate and up
 // of two neighbouring units: rows g and g + 8 of two blocks of 64.
-//
-// Set in front of this file: K; N weight rows; TOKENS; SLOTS; REGISTERS, OPERANDS, INPUTS and ADD, the lists of a wgmma.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "tiles.cuh"
 
-#define TEXT_OF(x) #x
-#define TEXT(x) TEXT_OF(x)
-
-constexpr int BLOCK = 64;  // of K
-constexpr int BLOCKS = K / BLOCK;
-constexpr int ROW_BYTES = BLOCK * 2;
-constexpr int GROUP = 128;  // threads of a warpgroup, and weight rows that it multiplies
-constexpr int ROWS = 2 * GROUP;
-constexpr int HIDDEN = N / 2;
+constexpr int HIDDEN = N / 2, OUT_BYTES = E4M3 ? 1 : 2;
 constexpr int TOGETHER = 12;
-constexpr int WEIGHT_BYTES = ROWS * ROW_BYTES, SLOT_BYTES = WEIGHT_BYTES + TOKENS * ROW_BYTES;
-constexpr int BARRIERS_AT = SLOTS * SLOT_BYTES;
-static_assert(K % BLOCK == 0 && N % ROWS == 0 && TOKENS % 8 == 0, "whole tiles");
-
-extern __shared__ __align__(1024) char memory[];
 
 struct Arguments {
   alignas(64) u64 weights[16];  // tensor maps
   alignas(64) u64 tokens[16];
-  u16* hidden;
+  char* hidden;
+  const float* scale;  // E4M3: of each weight row, in their order; a sum times it is the product
   int rows;
-};
-
-// ---------------------------------------------------------------- barriers and copies
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  u64 address;
-  asm("cvta.to.shared.u64 %0, %1;" : "=l"(address) : "l"(pointer));
-  return (u32)address;
-}
-
-__device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrive; the barrier opens when as many bytes have also been copied.
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-}
-
-// A box at column k and row `row` of a matrix, kept in L2 as `policy` says.
-__device__ __forceinline__ void copy(const u64* map, u32 to, int k, int row, u32 barrier, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-struct Ring {
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ u32 data() const { return shared_address(memory) + slot * SLOT_BYTES; }
-  __device__ u32 filled() const { return shared_address(memory) + BARRIERS_AT + slot * 16; }
-  __device__ u32 emptied() const { return filled() + 8; }
-  __device__ void advance() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
+  float inverse;  // E4M3: by which the result is multiplied
 };
 
 // The tiles of this CTA. Tokens of several samples go by TOGETHER of their tiles, so that L2 holds them for all weights.
@@ -105,112 +35,192 @@ struct Work {
 };
 
 __device__ __forceinline__ void produce(const Arguments& p) {
-  u64 once, again;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(again));
-  Ring ring;
+  Producer producer(p.weights, p.tokens);
+  producer.begin(0, BLOCKS, Work(p.rows).weight_row());
 #pragma unroll 1
   for (Work work(p.rows); work.more(); work.next()) {
     const int row = work.weight_row(), token = work.token();
 #pragma unroll 1
-    for (int block = 0; block < BLOCKS; ++block) {
-      wait(ring.emptied(), ring.parity ^ 1);
-      expect(ring.filled(), SLOT_BYTES);
-      copy(p.weights, ring.data(), block * BLOCK, row, ring.filled(), once);
-      copy(p.tokens, ring.data() + WEIGHT_BYTES, block * BLOCK, token, ring.filled(), again);
-      ring.advance();
-    }
+    for (int block = 0; block < BLOCKS; ++block) producer.fetch(block, row, token);
   }
 }
 
-// ---------------------------------------------------------------- products
+#if E4M3
+// tanh-GELU(gate) * up of scaled sums: gate * (linear + cubic * gate^2) is tanh's argument, half the product of both scales.
+struct Geglu {
+  float linear, cubic, half;
 
-// d (64 weight rows, TOKENS) += 16 of K, or = if not `add`. By a warpgroup; its registers are not ready before a wait.
-__device__ __forceinline__ void multiply(float (&d)[TOKENS / 2], u64 weights, u64 tokens, int add) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n" TEXT(TOKENS) "k16.f32.bf16.bf16 " REGISTERS ", " INPUTS ", p, 1, 1, 0, 0;\n}"
-               : OPERANDS
-               : "l"(weights), "l"(tokens), "r"(add));
-}
+  __device__ Geglu() {}
 
-// What wgmma is told of an operand: its address, groups of 8 rows 1024 bytes apart, swizzled over 128 bytes. In units of 16
-// bytes, so that + 2 is the next 16 of K.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4) | 1ull << 16 | (u64)(8 * ROW_BYTES >> 4) << 32 | 1ull << 62;
-}
+  // `row` is gate's, up's is 8 behind it.
+  __device__ Geglu(const Arguments& p, int row) {
+    const float gate = __ldg(p.scale + row), up = __ldg(p.scale + row + 8);
+    linear = 0.7978845608028654f * gate, cubic = 0.035677408136300125f * gate * gate * gate, half = 0.5f * gate * up * p.inverse;
+  }
 
+  __device__ float operator()(float gate, float up) const {
+    float tanh;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(gate * (linear + cubic * gate * gate)));
+    const float product = half * gate * up;
+    return product + product * tanh;
+  }
+};
+#else
 // tanh-GELU(gate) * up, as gate * sigmoid(2 inner) * up
-__device__ __forceinline__ float geglu(float gate, float up) {
-  const float inner = gate * (0.7978845608028654f + 0.035677408136300125f * gate * gate);
-  float power, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-2.885390081777927f * inner));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
-  return gate * up * inverse;
+struct Geglu {
+  __device__ Geglu() {}
+  __device__ Geglu(const Arguments&, int) {}
+
+  __device__ float operator()(float gate, float up) const {
+    const float inner = gate * (0.7978845608028654f + 0.035677408136300125f * gate * gate);
+    float power, inverse;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-2.885390081777927f * inner));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+    return gate * up * inverse;
+  }
+};
+#endif
+
+__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
+  return d;
 }
 
-// Two units of a token, if it exists. No branch: all of a thread's arithmetic can be interleaved.
-__device__ __forceinline__ void store_if(bool exists, u16* to, float first, float second) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((int)exists), "l"(to), "r"(pair)
+// Four bytes, if their token exists. No branch: all of a thread's arithmetic can be interleaved.
+__device__ __forceinline__ void store_if(bool exists, char* to, u32 word) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((int)exists), "l"(to), "r"(word)
                : "memory");
 }
 
-// d[b][4 j + 2 h + e] is row 64 b + 8 h + g of this warp's 16, token 8 j + 2 t + e: lane = 4 g + t.
-__device__ __forceinline__ void store(const Arguments& p, const Work& work, int group, const float (&d)[2][TOKENS / 2]) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int token = work.token() + lane % 4 * 2, tokens = p.rows - token;
-  const int unit = (work.weight_row() + group * GROUP) / 2 + warp * 16 + lane / 4 * 2;
-  u16* const to = p.hidden + (u64)token * HIDDEN + unit;
+// A tile's way out, half by half: the first half's units wait, rounded, for their neighbours in the second.
+struct Exit {
+  u32 first[E4M3 ? (TOKENS + 15) / 16 : TOKENS / 8];
+  Geglu second;
+  char* to;
+  int tokens;
+
+  __device__ __forceinline__ Exit() : second() {}
+
+  __device__ __forceinline__ void take(const Arguments& p, const Work& work, int group, const float (&d)[TOKENS / 2]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, row = work.weight_row() + group * GROUP;
+    const int token = work.token() + lane % 4 * 2 + (E4M3 ? g % 2 : 0);
+    const int unit = row / 2 + warp * 16 + (E4M3 ? g / 2 * 4 : g * 2);
+    const Geglu geglu(p, row + warp * 16 + g);
+    second = Geglu(p, row + warp * 16 + g + 64);
+    to = p.hidden + ((u64)token * HIDDEN + unit) * OUT_BYTES;
+    tokens = p.rows - token;
 #pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j)
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      const float a = geglu(d[4 * j], d[4 * j + 2]), b = geglu(d[4 * j + 1], d[4 * j + 3]);
+#if E4M3
+      first[j / 2] = j % 2 ? first[j / 2] | (u32)narrow2_e4m3(a, b) << 16 : narrow2_e4m3(a, b);
+#else
+      first[j] = narrow2(a, b);
+#endif
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&d)[TOKENS / 2]) const {
 #pragma unroll
-    for (int e = 0; e < 2; ++e)
-      store_if(8 * j + e < tokens, to + (8 * j + e) * HIDDEN, geglu(d[0][4 * j + e], d[0][4 * j + 2 + e]),
-               geglu(d[1][4 * j + e], d[1][4 * j + 2 + e]));
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      const float a = second(d[4 * j], d[4 * j + 2]), b = second(d[4 * j + 1], d[4 * j + 3]);
+#if E4M3
+      // Lanes of an even and an odd g hold two units each of the same two tokens; they exchange, and store four units of one.
+      const u32 mine = bytes(first[j / 2], narrow2_e4m3(a, b), j % 2 ? 0x5342 : 0x5140);
+      const u32 got = __shfl_xor_sync(0xffffffffu, mine, 4);
+      store_if(8 * j < tokens, to + 8 * j * HIDDEN, bytes(mine, got, threadIdx.x / 4 % 2 ? 0x3276 : 0x5410));
+#else
+      const u32 pair = narrow2(a, b);
+      store_if(8 * j < tokens, to + 8 * j * HIDDEN * 2, bytes(first[j], pair, 0x5410));
+      store_if(8 * j + 1 < tokens, to + (8 * j + 1) * HIDDEN * 2, bytes(first[j], pair, 0x7632));
+#endif
+    }
+  }
+};
+
+#if K >= (E4M3 ? 640 : 320)  // blocks enough
+// At a tile's end and at the next one's beginning the first half of the weight rows is a block ahead of the second: what one
+// half leaves is computed while the other multiplies.
+
+// The ring's next block for one half; `add` to its sums, or begin them.
+__device__ __forceinline__ void sum_half(float (&d)[TOKENS / 2], const Ring& ring, int group, int half, int add) {
+  wait(ring.filled(), ring.parity);
+  const u64 weights = descriptor(ring.data() + (group * GROUP + half * 64) * ROW_BYTES);
+  const u64 tokens = descriptor(ring.data() + WEIGHT_BYTES);
+  fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) multiply(d, weights + step * 2, tokens + step * 2, step > 0 || add);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void release(u32 emptied) {
-  if (threadIdx.x % 32 == 0) arrive(emptied);
+// A tile's blocks but its first and last, `ring` being at the first, whose slot it frees. Returns the last slot that is not free.
+__device__ __forceinline__ u32 sum_between(Sums& d, Ring& ring, int group) {
+  u32 last = ring.emptied();
+  ring.advance();
+#pragma unroll 1
+  for (int block = 1; block < BLOCKS - 1; ++block) {
+    wait(ring.filled(), ring.parity);
+    multiply_block(d, ring, group, 1);
+    commit<1>();
+    release(last);
+    last = ring.emptied();
+    ring.advance();
+  }
+  return last;
 }
 
 __device__ __forceinline__ void consume(const Arguments& p, int group) {
-  float d[2][TOKENS / 2] = {};
+  Sums d = {};
   Ring ring;
+  Work work(p.rows);
+  Exit exit;
+  written(d[0]), written(d[1]);
+  sum_half(d[0], ring, group, 0, 0);
+  sum_half(d[1], ring, group, 1, 0);
+#pragma unroll 1
+  while (true) {
+    const u32 last = sum_between(d, ring, group);
+    sum_half(d[0], ring, group, 0, 1);
+    sum_half(d[1], ring, group, 1, 1);
+    drain<2>();
+    release(last);
+    drain<1>();
+    written(d[0]);
+    exit.take(p, work, group, d[0]);
+    drain<0>();
+    written(d[0]), written(d[1]);
+    release(ring.emptied());
+    ring.advance();
+    work.next();
+    if (!work.more()) break;
+    sum_half(d[0], ring, group, 0, 0);
+    written(d[1]);
+    // A loop, or the compiler would move this in front of the products.
+#pragma unroll 1
+    for (int once = p.rows > 0; once > 0; --once) exit.store(d[1]);
+    written(d[1]);
+    sum_half(d[1], ring, group, 1, 0);
+  }
+  exit.store(d[1]);
+}
+#else
+__device__ __forceinline__ void consume(const Arguments& p, int group) {
+  Sums d = {};
+  Ring ring;
+  Exit exit;
 #pragma unroll 1
   for (Work work(p.rows); work.more(); work.next()) {
-    u32 last = 0;
-#pragma unroll 1
-    for (int block = 0; block < BLOCKS; ++block) {
-      wait(ring.filled(), ring.parity);
-      const u64 weights = descriptor(ring.data() + group * GROUP * ROW_BYTES), tokens = descriptor(ring.data() + WEIGHT_BYTES);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int step = 0; step < BLOCK / 16; ++step)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          multiply(d[half], weights + half * (64 * ROW_BYTES >> 4) + step * 2, tokens + step * 2, step > 0 || block > 0);
-      // The block before this one is done, and its slot free.
-      asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (block > 0) release(last);
-      last = ring.emptied();
-      ring.advance();
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(d[half][i])::"memory");  // not read before the wait
-    release(last);
-    store(p, work, group, d);
+    sum_up(d, ring, group, BLOCKS);
+    exit.take(p, work, group, d[0]);
+    exit.store(d[1]);
   }
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(3 * GROUP, 1) tiled_geglu(const __grid_constant__ Arguments p) {
-  if (threadIdx.x == 0) {
-    for (Ring ring; ring.parity == 0; ring.advance()) init(ring.filled(), 1), init(ring.emptied(), ROWS / 32);
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-  }
+  let_go();
+  if (threadIdx.x == 0) prepare_ring();
   __syncthreads();
   // Registers go from the warpgroup that only copies to those that hold sums.
   if (threadIdx.x >= ROWS) {

@@ -103,6 +103,11 @@ def _entries(file: Path) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     return json.loads(file.read_text())["configs"] if file.is_file() else {}
 
 
+def entries(op: str, like: Tensor) -> Mapping[str, Mapping[str, Any]]:
+    """What the file of the GPU of `like` holds for an op, by `key`; nothing elsewhere."""
+    return _entries(gpu_file(like.device)).get(op, {}) if like.device.type == "cuda" else {}
+
+
 def forget() -> None:
     """Read the files again at the next call, for a process that has just written one."""
     _entries.cache_clear()

@@ -83,8 +83,8 @@ RECOMMENDED: dict[str, Preset] = {
         Success(191, 200, 0.9167, 0.9761, "benchmarks/results/runtime_closed_loop.json"),
     ),
 }
-"""To be confirmed or changed by the Pareto table of docs/runtime.md. None reuses a prefix: at replan 5 that costs two
-thirds of all successes."""
+"""What each did in 200 episodes is in docs/runtime.md. None reuses a prefix: at replan 5 that costs two thirds of all
+successes."""
 
 NOTES: dict[str, Preset] = {
     "pytorch": Preset("eager", "bf16", RuntimeConfig(), "the reference"),

@@ -22,7 +22,7 @@ from .arena import Arena, Request
 from .buckets import Bucket, bucket_for_rows, token_buckets
 from .buffers import Buffers, RequestBuffers
 from .cache import TurboCache, check_foreign, copy_in, hand_out
-from .denoise import DenoiseLoop
+from .denoise import DenoiseLoop, note_finite
 from .graphs import GraphSet
 
 if TYPE_CHECKING:
@@ -226,8 +226,7 @@ def _integrate(
             pull = (static.previous - predicted) * static.weights
             x_t.sub_(pull, alpha=step.delta * guidance_strength(step.time, limit))
         static.x.copy_(x_t)
-    finite = torch.isfinite(x_t).all()
-    buffers.finite.copy_(finite)
+    note_finite(buffers)
 
 
 def _buckets_again(config: ModelConfig, batch: int, cameras: int) -> list[Bucket]:

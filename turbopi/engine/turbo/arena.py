@@ -25,6 +25,7 @@ from .buffers import (
     request_specs,
     vision_specs,
 )
+from .weights import TurboWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,22 +44,16 @@ class Request:
 
 
 class Arena:
-    """Buffers of all buckets of one batch size, with those of fp8 products or not. They overlap: one bucket at a time.
+    """Buffers of all buckets of one batch size, as the weights want them. They overlap: one bucket at a time.
 
     Raises torch.OutOfMemoryError where the device has not enough memory.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        dtype: torch.dtype,
-        vision_dtype: torch.dtype,
-        device: torch.device,
-        fp8: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, weights: TurboWeights) -> None:
+        device = weights.device
         self.config = config
-        self.dtype, self.vision_dtype, self.device, self.fp8 = dtype, vision_dtype, device, fp8
+        self.dtype, self.vision_dtype, self.device = weights.dtype, weights.vision_dtype, device
+        self.fp8, self.tiled = weights.has_fp8, not weights.untiled
         self._buffers: dict[Bucket, Buffers] = {}
         self._requests: dict[tuple[Bucket, torch.dtype], Request] = {}
         self._flat: dict[str, Tensor] = {}
@@ -102,7 +97,7 @@ class Arena:
     def _lay_out(self, bucket: Bucket) -> Buffers:
         config = self.config
         vision = vision_specs(config, bucket, self.vision_dtype, self.fp8)
-        prefill = prefill_specs(config, bucket, self.dtype, self.fp8)
+        prefill = prefill_specs(config, bucket, self.dtype, self.fp8, self.tiled)
         denoise = denoise_specs(config, bucket, self.dtype, self.fp8)
         x_t = self._outcome[:-1].view(denoise["x_t"][0])
         return Buffers(

@@ -71,9 +71,11 @@ def lay_out(config: ModelConfig, image_mask: Tensor, tokens: Tensor, token_mask:
     Raises InputError if a prompt has more valid tokens than the model's `max_tokens`.
     """
     places, most = camera_places(image_mask)
+    # Row by row: for one sample half the time of numpy's ways along an axis, and it stands in every tick.
     mask, ids = token_mask.cpu().numpy(), tokens.cpu().numpy()
-    counts = mask.sum(axis=1)
-    longest = int(counts.max())
+    prompts = [row[valid] for row, valid in zip(ids, mask, strict=True)]
+    counts = [len(row) for row in prompts]
+    longest = max(counts)
     if longest > config.max_tokens:
         raise InputError(
             f"a prompt has {longest} tokens, the turbo engine holds at most max_tokens = {config.max_tokens}; "
@@ -81,10 +83,10 @@ def lay_out(config: ModelConfig, image_mask: Tensor, tokens: Tensor, token_mask:
         )
     bucket = Bucket(len(ids), most, next(size for size in token_buckets(config) if size >= longest))
     prompt = np.zeros((bucket.batch, bucket.tokens), np.int64)
-    # Row-major on both sides: the valid ids of a sample, in order, fall into its first places.
-    prompt[np.arange(bucket.tokens) < counts[:, None]] = ids[mask]
+    for into, row in zip(prompt, prompts, strict=True):
+        into[: len(row)] = row
     first = np.array([len(row) * config.vision.tokens for row in places], np.int32)
-    return Layout(bucket, places, first, prompt, (first + counts).astype(np.int32))
+    return Layout(bucket, places, first, prompt, first + np.array(counts, np.int32))
 
 
 def bucket_for_rows(config: ModelConfig, batch: int, rows: int) -> Bucket:

@@ -27,6 +27,12 @@ MULTIPROCESSORS = 128
 MOST_SPLITS = 16
 MOST_FUSED_ROWS = 64
 """Suffix rows that `FusedLoop` takes at most."""
+MOST_TILED_ROWS = 1024
+"""Of images that `encode_tiled` takes at most."""
+MOST_TILES = 36
+"""Of a row of the stream, whose moments are kept apart."""
+GREY_PARTS = 3
+"""In bfloat16 of a weight in float32."""
 PRODUCT_PARTS = 8
 """Parts of K in which it computes a product onto the stream, at most."""
 T = TypeVar("T")
@@ -57,6 +63,8 @@ class RequestBuffers:
 class VisionBuffers:
     """B·C images in rows. `image_tokens` (B·C·S, vlm width) is what the stage leaves.
 
+    `grey` (rows, 3 patches) and `moments` (2, rows of tiles, 2) float32, in the middle of a block and at its end, are
+    `encode_tiled`'s.
     `update`, `sums` (float32, parts of a product) and those named `_fp8` (E4M3, what fp8 products read) have rows where
     there is a product in fp8.
     """
@@ -69,6 +77,8 @@ class VisionBuffers:
     attended: Tensor
     hidden: Tensor
     image_tokens: Tensor
+    grey: Tensor
+    moments: Tensor
     update: Tensor
     sums: Tensor
     normed_fp8: Tensor
@@ -81,7 +91,8 @@ class PrefillBuffers:
     """B·P rows of the prefix.
 
     `keys` and `values` (depth,B,kv_heads,P+N,head_dim) are what the stage leaves: token i of a sample in slot i, and
-    room behind its last valid token for the suffix. `update`, `sums` and `_fp8` as in `VisionBuffers`.
+    room behind its last valid token for the suffix. `gate_up` has rows where that product is stored. `update` and
+    `_fp8` as in `VisionBuffers`.
     """
 
     zero: Tensor
@@ -95,7 +106,6 @@ class PrefillBuffers:
     keys: Tensor
     values: Tensor
     update: Tensor
-    sums: Tensor
     normed_fp8: Tensor
     attended_fp8: Tensor
     hidden_fp8: Tensor
@@ -164,6 +174,11 @@ def request_specs(config: ModelConfig, bucket: Bucket, image_dtype: torch.dtype)
     }
 
 
+def grey_width(patch_size: int) -> int:
+    """Columns of a patch where rows are multiples of 16 bytes."""
+    return -(-3 * patch_size**2 // 8) * 8
+
+
 def _fp8_specs(specs: dict[str, Spec], fp8: bool) -> dict[str, Spec]:
     """E4M3 twins of the buffers that products read, without rows where no product is in fp8."""
     return {
@@ -176,6 +191,7 @@ def vision_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: b
     """Shapes and dtypes of a bucket's `VisionBuffers`; `fp8`: with those of fp8 products."""
     vision = config.vision
     rows = bucket.batch * bucket.cameras * vision.tokens
+    tiled_rows = rows if rows <= MOST_TILED_ROWS else 0
     specs: dict[str, Spec] = {
         "patches": ((rows, 3 * vision.patch_size**2), torch.float32),
         "embedded": ((rows, vision.width), torch.float32),
@@ -185,14 +201,21 @@ def vision_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: b
         "attended": ((rows, vision.width), dtype),
         "hidden": ((rows, hidden_width(vision.mlp_dim)), dtype),
         "image_tokens": ((rows, config.vlm.width), dtype),
+        "grey": ((tiled_rows, GREY_PARTS * grey_width(vision.patch_size)), torch.bfloat16),
+        "moments": ((2, tiled_rows * MOST_TILES, 2), torch.float32),
         "update": ((rows if fp8 else 0, vision.width), dtype),
         "sums": ((MOST_PRODUCT_SPLITS, rows if fp8 else 0, vision.width), torch.float32),
     }
     return specs | _fp8_specs(specs, fp8)
 
 
-def prefill_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: bool = False) -> dict[str, Spec]:
-    """Shapes and dtypes of a bucket's `PrefillBuffers`; `fp8`: with those of fp8 products."""
+def prefill_specs(
+    config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: bool = False, tiled: bool = False
+) -> dict[str, Spec]:
+    """Shapes and dtypes of a bucket's `PrefillBuffers`.
+
+    `fp8`: with those of fp8 products. `tiled`: gate and up are `TiledGeglu`, and their product is never stored.
+    """
     vlm = config.vlm
     rows = bucket.batch * bucket.rows(config)
     slots = bucket.rows(config) + config.suffix_tokens
@@ -205,12 +228,11 @@ def prefill_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: 
         "qkv": ((rows, heads * vlm.head_dim), dtype),
         "q": ((rows, queries), dtype),
         "attended": ((rows, queries), dtype),
-        "gate_up": ((rows, 2 * vlm.mlp_dim), dtype),
+        "gate_up": ((0 if tiled else rows, 2 * vlm.mlp_dim), dtype),
         "hidden": ((rows, vlm.mlp_dim), dtype),
         "keys": cache,
         "values": cache,
         "update": ((rows if fp8 else 0, vlm.width), dtype),
-        "sums": ((MOST_PRODUCT_SPLITS, rows if fp8 else 0, vlm.width), torch.float32),
     }
     return specs | _fp8_specs(specs, fp8)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -138,6 +139,12 @@ class RowsLoop:
             normed = target(readers[layer + 1], b.normed, b.normed_fp8)
             scale, shift, gate = norm_of(modulation, 2 * layer + 2)
             ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, normed.tensor, inverse=normed.inverse)
+
+
+def note_finite(buffers: Buffers) -> None:
+    """buffers.finite: 1.0 where all of x_t is finite, else 0.0. Two launches; `isfinite` and `all` make seven."""
+    largest = torch.linalg.vector_norm(buffers.denoise.x_t, math.inf)
+    torch.lt(largest, math.inf, out=buffers.finite.view(()))
 
 
 def norm_of(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -26,12 +27,12 @@ from .buckets import Bucket, Layout, camera_places, lay_out, token_buckets
 from .buffers import Buffers, RequestBuffers
 from .cache import TurboCache, hand_out
 from .checks import PRECISIONS, check_device, check_model, check_quantisation, check_stage_input, too_large
-from .denoise import DenoiseLoop, Schedules
+from .denoise import DenoiseLoop, Schedules, note_finite
 from .graphs import GraphSet, ieee_float32
 from .loops import LoopName, make_loop, told
 from .ops import Ops, triton_ops
 from .prefill import attention_obstacles, prefill
-from .vision import encode
+from .tiled_vision import VisionStage
 from .weights import fold_model
 
 
@@ -80,6 +81,7 @@ class TurboEngine(Again):
         except torch.OutOfMemoryError as error:
             raise too_large("the folded weights", error) from error
         self._schedules = schedules or Schedules(model)
+        self._stage_1 = VisionStage(self.config.vision, self._weights.vision)
         self._graphs = GraphSet(recorder)
         self._loops: dict[int, DenoiseLoop] = {}
         self._arenas: dict[int, Arena] = {}
@@ -91,10 +93,10 @@ class TurboEngine(Again):
     def observed(self, wrap: Callable[[Ops], Ops]) -> TurboEngine:
         """An engine over the same weights that launches `wrap(ops)` one by one: for audits.
 
-        Its buffers are its own, it captures nothing, and its denoise loop is the one that goes kernel by kernel.
+        Its buffers are its own, it captures nothing, and its stages 1 and 3 are those that go kernel by kernel.
         """
         other = self.apart(None, first_loop="rows")
-        other._ops = wrap(self._ops)
+        other._ops, other._stage_1 = wrap(self._ops), self._stage_1.watched()
         return other
 
     def apart(self, recorder: Recorder | None, *, first_loop: LoopName | None = None) -> TurboEngine:
@@ -116,10 +118,9 @@ class TurboEngine(Again):
     def _arena(self, batch: int) -> Arena:
         if batch not in self._arenas:
             try:
-                arena = Arena(self.config, batch, self._weights)
+                self._arenas[batch] = Arena(self.config, batch, self._weights)
             except torch.OutOfMemoryError as error:
                 raise too_large(f"the buffers for a batch of {batch}", error) from error
-            self._arenas[batch] = arena
         return self._arenas[batch]
 
     def _loop(self, batch: int) -> DenoiseLoop:
@@ -137,15 +138,14 @@ class TurboEngine(Again):
     # The work of each stage
 
     def _vision(self, request: RequestBuffers, buffers: Buffers) -> None:
-        encode(self.config.vision, self._weights.vision, self._ops, request.images, buffers.vision)
+        self._stage_1.run(self._ops, request.images, buffers.vision)
 
     def _prefill(self, request: RequestBuffers, buffers: Buffers) -> None:
         prefill(self.config, self._weights, self._ops, request, buffers)
 
     def _denoise(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
         self._loop(buffers.bucket.batch).run(request, buffers, steps)
-        finite = torch.isfinite(buffers.denoise.x_t).all()
-        buffers.finite.copy_(finite)
+        note_finite(buffers)
 
     def _tick(self, request: RequestBuffers, buffers: Buffers, steps: int) -> None:
         self._vision(request, buffers)
@@ -188,7 +188,7 @@ class TurboEngine(Again):
         """Write a request into its bucket's pinned memory. The next `place` of the batch size writes over it."""
         input.check_shapes(self.config, uint8_images=True)
         batch = len(input.tokens)
-        check_noise(noise, batch, self.config)
+        _check_noise(noise, batch, self.config)
         arena = self._arena(batch)
         layout = lay_out(self.config, input.image_mask, input.tokens, input.token_mask)
         request = arena.request(layout.bucket, input.images.dtype)
@@ -218,6 +218,7 @@ class TurboEngine(Again):
         return {
             "ops": self._ops.name,
             **told(self.config, self._weights, self._loops),
+            "vision": self._stage_1.told(),
             "prefix_attention": "; ".join(attention_obstacles(self.config, self._weights)) or "wgmma",
             "prefix_gate_up": "; ".join(self._weights.untiled) or "tiled",
             "graphs": self._graphs.recorded,
@@ -343,28 +344,43 @@ def _placed(places: list[list[int]]) -> list[tuple[int, int, int]]:
 
 
 def _write_prompt(request: RequestBuffers, layout: Layout) -> None:
-    request.lengths.copy_(torch.from_numpy(layout.lengths))
-    request.first.copy_(torch.from_numpy(layout.first))
-    request.tokens.copy_(torch.from_numpy(layout.prompt))
+    _copy(request.lengths, torch.from_numpy(layout.lengths))
+    _copy(request.first, torch.from_numpy(layout.first))
+    _copy(request.tokens, torch.from_numpy(layout.prompt))
+
+
+def _check_noise(noise: Tensor, batch: int, config: ModelConfig) -> None:
+    """`check_noise`, at once where the noise is on the host and its squares have a finite sum."""
+    right = noise.shape == (batch, config.horizon, config.action_dim) and noise.dtype == torch.float32
+    if right and noise.device.type == "cpu" and noise.is_contiguous():
+        flat = noise.numpy().reshape(-1)
+        if math.isfinite(np.dot(flat, flat)):
+            return
+    check_noise(noise, batch, config)
 
 
 def _write(request: RequestBuffers, layout: Layout, values: ModelInput, noise: Tensor) -> None:
     """A request into its buffers. Places without a camera are zeroed: what lay there may not be a number."""
     _write_prompt(request, layout)
-    request.state.copy_(values.state)
-    request.noise.copy_(noise)
+    _copy(request.state, values.state)
+    _copy(request.noise, noise)
     for sample, row in enumerate(layout.places):
-        request.images[sample, len(row) :].zero_()
-    for sample, place, camera in _placed(layout.places):
-        _copy_image(request.images[sample, place], values.images[sample, camera])
+        count = len(row)
+        if count < layout.bucket.cameras:
+            request.images[sample, count:].zero_()
+        if row == list(range(count)):
+            _copy(request.images[sample, :count], values.images[sample, :count])
+            continue
+        for place, camera in enumerate(row):
+            _copy(request.images[sample, place], values.images[sample, camera])
 
 
-def _copy_image(to: Tensor, image: Tensor) -> None:
+def _copy(to: Tensor, value: Tensor) -> None:
     """By numpy where both are on the host: torch would wake all its threads for 150 KB, which takes longer."""
-    if to.device.type == "cpu" and image.device.type == "cpu" and to.dtype == image.dtype:
-        np.copyto(to.numpy(), image.numpy())
+    if to.device.type == "cpu" and value.device.type == "cpu" and to.dtype == value.dtype:
+        np.copyto(to.numpy(), value.numpy())
     else:
-        to.copy_(image)
+        to.copy_(value)
 
 
 def _write_blank(request: RequestBuffers, rows: int) -> None:

@@ -5,6 +5,9 @@ of this kind, so that a pass over its result follows. Triton's kernels do all of
 shape of more than `FEW_ROWS` rows is decided by the tuned file of the GPU: an entry there (written by
 benchmarks/fp8_kernels.py where Triton won) means Triton with those tiles, none means the library.
 
+Of the prefix's qkv, `out` and `down` the library writes bare sums (`fp8_sums`), which the rotation or the norm behind
+them scales; its gate and up are `kernels.tiled_geglu` where that runs. What was tried is in docs/prefix-fp8.md.
+
 Sums are accumulated in the tensor cores' own registers ("fast accumulation"), about 14 bits. What that is expected to
 cost, against the rounding of operands to E4M3, is in docs/performance.md.
 """
@@ -34,6 +37,12 @@ MOST_SPLITS = 4
 def _ones(count: int, device: torch.device) -> Tensor:
     """(count, 1) float32. Kept for ever: captured graphs read it."""
     return torch.ones(count, 1, device=device)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    """1.0 without dimensions. Kept like `_ones`."""
+    return torch.ones((), device=device)
 
 
 def row_scales(rows: Tensor) -> Tensor:
@@ -84,6 +93,18 @@ def fp8_matmul(
     kernels.linear(x, weight.values, out, bias, config=tiles, partial=partial, scale=weight.scale)
 
 
+def fp8_sums(x: Tensor, weight: Fp8Weight, out: Tensor) -> None:
+    """out (M,N) = x (M,K) · valuesᵀ, with x in E4M3: who reads it has to multiply it by `weight.scale`.
+
+    The library takes up to a quarter less time without a scale for each column. Triton runs few rows, and float32.
+    """
+    if _by_library(x, out):
+        one = _one(x.device)
+        torch._scaled_mm(x, weight.values.t(), one, one, out_dtype=out.dtype, use_fast_accum=FAST_SUMS, out=out)
+    else:
+        kernels.linear(x, weight.values, out)
+
+
 def fp8_gelu_matmul(
     x: Tensor, weight: Fp8Weight, bias: Tensor, scratch: Tensor, out: Tensor, inverse: float = 1.0
 ) -> None:
@@ -114,6 +135,11 @@ def twin_fp8_matmul(
 ) -> None:
     """Twin of `fp8_matmul`."""
     kernels.linear_ref(x, weight.values, out, bias, scale=weight.scale)
+
+
+def twin_fp8_sums(x: Tensor, weight: Fp8Weight, out: Tensor) -> None:
+    """Twin of `fp8_sums`."""
+    kernels.linear_ref(x, weight.values, out)
 
 
 def twin_fp8_gelu_matmul(

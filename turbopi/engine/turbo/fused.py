@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...kernels import E4M3
+from ...kernels.row_attention_cluster import cluster_misfits
 from ...quant.fold import FoldedGemmaBlock
+from ...quant.fp8 import Fp8Weight
 from .buffers import MOST_FUSED_ROWS, Buffers, DenoiseBuffers, RequestBuffers
 from .denoise import RowsLoop, norm_of
-from .weights import TurboWeights
+from .products import Product, Target, operand, target
+from .weights import TurboWeights, longest_sequence
 
 OLDEST = (9, 0)
 ATTENTION_ROWS = 32
@@ -26,11 +30,17 @@ def fused_obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> l
         found.append(f"{rows} suffix rows are more than {MOST_FUSED_ROWS}, beyond which it was not measured")
     if weights.dtype != torch.bfloat16:
         found.append(f"weights in {weights.dtype}")
-    if weights.expert_has_fp8:
-        found.append("the expert's products in fp8")
     if weights.device.type != "cuda" or torch.cuda.get_device_capability(weights.device) < OLDEST:
         found.append(f"no GPU of compute capability {OLDEST[0]}.{OLDEST[1]}, whose kernels may start before their turn")
     return found
+
+
+def suffix_attention_obstacles(config: ModelConfig, weights: TurboWeights) -> list[str]:
+    """Why the fused loop's attention is not one launch in clusters; empty if it is, in prefixes of any length."""
+    expert, blocks = config.expert, weights.expert.blocks
+    in_fp8 = any(isinstance(block.out, Fp8Weight) for block in blocks)
+    sizes = expert.kv_heads, expert.head_dim, longest_sequence(config)
+    return cluster_misfits(*sizes, weights.dtype, E4M3 if in_fp8 else weights.dtype, weights.device)
 
 
 @dataclass(frozen=True)
@@ -42,63 +52,89 @@ class Cuts:
         out, down: parts of K of the products onto the stream.
     """
 
-    programs: int = 128
-    out: int = 4
-    down: int = 8
+    programs: int
+    out: int
+    down: int
 
 
 class FusedLoop(RowsLoop):
-    """Eight launches a layer: products that end in the rotation, in GeGLU, or in the parts of a sum.
+    """Seven or eight launches a layer: products that end in the rotation, in GeGLU, or in the parts of a sum.
 
     What follows them adds the parts up, so each sum has one order. A kernel waits for the one in front of it by itself,
-    when it has already asked for its weights.
+    when it has already asked for its weights. Each product is in its own format; whoever makes its input rounds it.
     """
 
     name = "fused"
-    cuts = Cuts()
+    bf16, fp8 = Cuts(programs=128, out=4, down=8), Cuts(programs=256, out=4, down=4)
+
+    def _cuts(self, product: Product) -> Cuts:
+        """As measured with products of that format. The attention's go with qkv: they share the multiprocessors."""
+        return self.fp8 if isinstance(product, Fp8Weight) else self.bf16
 
     def _tower(self, modulation: Tensor | None, request: RequestBuffers, buffers: Buffers) -> None:
         b, cache, ops = buffers.denoise, buffers.prefill, self._ops
-        out_parts, down_parts = b.parts[: self.cuts.out], b.parts[: self.cuts.down]
+        blocks = self._weights.expert.blocks
+        readers: list[Product | None] = [*(block.qkv for block in blocks), None]
         scale, shift, gate = norm_of(modulation, 0)
-        ops.rms_norm(b.x, b.normed, scale, shift)
-        for layer, block in enumerate(self._weights.expert.blocks):
-            self._attend(request, b, block, cache.keys[layer], cache.values[layer])
+        normed = target(readers[0], b.normed, b.normed_fp8)
+        ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
+        for layer, block in enumerate(blocks):
+            attended = target(block.out, b.attended, b.attended_fp8)
+            self._attend(normed.tensor, request, b, block, cache.keys[layer], cache.values[layer], attended)
+            out_parts = self._parts(attended.tensor, block.out, b.parts[: self._cuts(block.out).out])
             scale, shift, next_gate = norm_of(modulation, 2 * layer + 1)
-            ops.row_parts(b.attended, block.out, out_parts)
-            ops.row_sum_norm(out_parts, b.x, gate, scale, shift, b.normed)
-            ops.row_geglu(b.normed, block.gate_up, b.hidden)
-            ops.row_parts(b.hidden, block.down, down_parts)
+            normed = target(block.gate_up, b.normed, b.normed_fp8)
+            ops.row_sum_norm(out_parts, b.x, gate, scale, shift, normed.tensor, inverse=normed.inverse)
+            hidden = target(block.down, b.hidden, b.hidden_fp8)
+            values, columns = operand(block.gate_up)
+            ops.row_geglu(normed.tensor, values, hidden.tensor, scale=columns, inverse=hidden.inverse)
+            down_parts = self._parts(hidden.tensor, block.down, b.parts[: self._cuts(block.down).down])
             scale, shift, gate = norm_of(modulation, 2 * layer + 2)
-            ops.row_sum_norm(down_parts, b.x, next_gate, scale, shift, b.normed)
+            normed = target(readers[layer + 1], b.normed, b.normed_fp8)
+            ops.row_sum_norm(down_parts, b.x, next_gate, scale, shift, normed.tensor, inverse=normed.inverse)
+
+    def _parts(self, x: Tensor, product: Product, parts: Tensor) -> Tensor:
+        """The parts, when x times the product has been put into them."""
+        values, columns = operand(product)
+        self._ops.row_parts(x, values, parts, scale=columns)
+        return parts
 
     def _attend(
-        self, request: RequestBuffers, b: DenoiseBuffers, block: FoldedGemmaBlock[Tensor], keys: Tensor, values: Tensor
+        self,
+        x: Tensor,
+        request: RequestBuffers,
+        b: DenoiseBuffers,
+        block: FoldedGemmaBlock[Product],
+        keys: Tensor,
+        values: Tensor,
+        attended: Target,
     ) -> None:
-        """b.normed to b.attended, the suffix's keys and values behind the prefix's."""
+        """Normed rows to `attended`, the suffix's keys and values behind the prefix's."""
         ops, weights, suffix = self._ops, self._weights, self._config.suffix_tokens
         tables = weights.cos, weights.sin, request.lengths
-        ops.row_qkv(b.normed, block.qkv, *tables, b.q, keys, values, suffix)
-        parts = self._key_parts(len(b.state_token), len(b.partial))
+        qkv, columns = operand(block.qkv)
+        ops.row_qkv(x, qkv, *tables, b.q, keys, values, suffix, scale=columns)
+        parts = self._key_parts(len(b.state_token), len(b.partial), self._cuts(block.qkv).programs)
         ops.row_attention(
             b.q,
             keys,
             values,
             request.lengths,
-            b.attended,
+            attended.tensor,
             suffix,
             b.partial[:parts],
             b.partial_lse[:parts],
             extra=suffix,
             state_token=self._config.kind == "pi0",
             # The layer's largest weights, while nothing else comes from memory.
-            ahead=block.gate_up,
+            ahead=operand(block.gate_up)[0],
+            inverse=attended.inverse,
         )
 
-    def _key_parts(self, batch: int, most: int) -> int:
+    def _key_parts(self, batch: int, most: int, all_programs: int) -> int:
         """A power of two of parts in which the keys are cut."""
         expert = self._config.expert
         rows = self._config.suffix_tokens * expert.heads // expert.kv_heads
         programs = batch * expert.kv_heads * -(-rows // ATTENTION_ROWS)
-        wanted = max(1, min(most, self.cuts.programs // programs))
+        wanted = max(1, min(most, all_programs // programs))
         return 1 << wanted.bit_length() - 1

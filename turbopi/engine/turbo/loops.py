@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...config import ModelConfig
 from .denoise import DenoiseLoop, RowsLoop, Schedules
-from .fused import FusedLoop, fused_obstacles
+from .fused import FusedLoop, fused_obstacles, suffix_attention_obstacles
 from .ops import TWINS, Ops
 from .persistent import PersistentLoop, obstacles
 from .weights import TurboWeights
@@ -45,5 +45,10 @@ def told(config: ModelConfig, weights: TurboWeights, loops: Mapping[int, Denoise
             str(batch): "; ".join(fused_obstacles(config, weights, batch))
             for batch, loop in slower.items()
             if loop.name != FusedLoop.name
+        },
+        "suffix_attention": {
+            str(batch): "; ".join(suffix_attention_obstacles(config, weights)) or "cluster"
+            for batch, loop in slower.items()
+            if loop.name == FusedLoop.name
         },
     }

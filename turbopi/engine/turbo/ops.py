@@ -19,9 +19,11 @@ from .fp8_ops import (
     fp8_geglu_matmul,
     fp8_gelu_matmul,
     fp8_matmul,
+    fp8_sums,
     twin_fp8_geglu_matmul,
     twin_fp8_gelu_matmul,
     twin_fp8_matmul,
+    twin_fp8_sums,
 )
 
 Activation = Literal["none", "gelu"]
@@ -34,8 +36,9 @@ class Ops:
 
     Attributes:
         matmul: (x (M,K), weight (N,K), out (M,N), bias, activation, residual) -> None; see `cublas_matmul`.
+        wide_matmul: (x (M,K), weight (N,K), out (M,N) float32) -> None; see `cublas_wide_matmul`.
         geglu_matmul: (x (M,K), weight (2F,K), gate_up (M,2F) scratch, out (M,F), inverse) -> None.
-        fp8_matmul, fp8_gelu_matmul, fp8_geglu_matmul: of `fp8_ops`, with an `Fp8Weight`.
+        fp8_matmul, fp8_sums, fp8_gelu_matmul, fp8_geglu_matmul: of `fp8_ops`, with an `Fp8Weight`.
         vision_attention: (qkv (n·S,3·W), out (n·S,W), heads, rows_per_image, inverse) -> attended (n·S,W), in `out` or
             elsewhere; in E4M3 always in `out`.
     """
@@ -44,7 +47,10 @@ class Ops:
     matmul: Callable[..., None]
     geglu_matmul: Callable[..., None]
     tiled_geglu: Callable[..., None]
+    tiled_linear: Callable[..., None]
+    wide_matmul: Callable[..., None]
     fp8_matmul: Callable[..., None]
+    fp8_sums: Callable[..., None]
     fp8_gelu_matmul: Callable[..., None]
     fp8_geglu_matmul: Callable[..., None]
     gelu: Callable[..., None]
@@ -82,7 +88,14 @@ def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: 
 
 
 def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> Tensor:
-    """`sdpa_vision_attention` through the Triton kernel, which reads q, k and v where they stand; written to out."""
+    """`sdpa_vision_attention` through kernels that read q, k and v where they stand; written to out.
+
+    By `kernels.vision_attention` where that runs and the tuned file of the GPU names it, else by Triton's.
+    """
+    named = kernels.vision_attention_named(qkv)
+    if named and not kernels.vision_attention_obstacles(qkv, out, heads, rows_per_image):
+        kernels.vision_attention(qkv, out, heads, rows_per_image, inverse)
+        return out
     _, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
     kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image, inverse=inverse)
     return out
@@ -147,6 +160,11 @@ def cublas_matmul(
         torch.addmm(addend, x, weight.t(), out=out)
 
 
+def cublas_wide_matmul(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (M,N) float32 = x (M,K) · weight (N,K)ᵀ in bfloat16, never rounded to it."""
+    torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
+
+
 def geglu_matmul(x: Tensor, weight: Tensor, gate_up: Tensor, out: Tensor, inverse: float = 1.0) -> None:
     """out (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ), weight (2F,K) holding gate, then up; gate_up (M,2F) is scratch.
 
@@ -173,7 +191,10 @@ def triton_ops() -> Ops:
         matmul=cublas_matmul,
         geglu_matmul=geglu_matmul,
         tiled_geglu=kernels.tiled_geglu,
+        tiled_linear=kernels.tiled_linear,
+        wide_matmul=cublas_wide_matmul,
         fp8_matmul=fp8_matmul,
+        fp8_sums=fp8_sums,
         fp8_gelu_matmul=fp8_gelu_matmul,
         fp8_geglu_matmul=fp8_geglu_matmul,
         gelu=kernels.gelu,
@@ -204,7 +225,10 @@ def twin_ops() -> Ops:
         matmul=twin_matmul,
         geglu_matmul=twin_geglu_matmul,
         tiled_geglu=kernels.tiled_geglu_ref,
+        tiled_linear=kernels.tiled_linear_ref,
+        wide_matmul=kernels.linear_ref,
         fp8_matmul=twin_fp8_matmul,
+        fp8_sums=twin_fp8_sums,
         fp8_gelu_matmul=twin_fp8_gelu_matmul,
         fp8_geglu_matmul=twin_fp8_geglu_matmul,
         gelu=kernels.gelu_ref,

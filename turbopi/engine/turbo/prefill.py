@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ...config import ModelConfig
 from ...kernels import attention_misfits, prefix_attention_config
 from .buffers import Buffers, PrefillBuffers, RequestBuffers
 from .ops import Ops
-from .products import Product, Target, add_product, multiply, multiply_geglu, target, width
+from .products import Product, Target, Update, add_later, multiply_for, multiply_geglu, target, width
 from .weights import TurboWeights
 
 
@@ -31,19 +29,19 @@ def prefill(config: ModelConfig, weights: TurboWeights, ops: Ops, request: Reque
     embed(config, weights, ops, request, buffers)
     b, rows = buffers.prefill, buffers.rows
     cos, sin = weights.cos, weights.sin
-    update: Tensor | None = None
+    update: Update | None = None
     for layer, block in enumerate(weights.prefix.blocks):
         keys, values = b.keys[layer], b.values[layer]
         normed = _norm(ops, b, update, block.qkv)
-        multiply(ops, normed.tensor, block.qkv, b.qkv)
-        ops.rotate_and_store(b.qkv, cos, sin, b.zero, b.q, keys, values, rows)
+        scale = multiply_for(ops, normed.tensor, block.qkv, b.qkv)
+        ops.rotate_and_store(b.qkv, cos, sin, b.zero, b.q, keys, values, rows, scale)
         attended = target(block.out, b.attended, b.attended_fp8)
         ops.attention(b.q, keys, values, request.lengths, attended.tensor, rows, inverse=attended.inverse)
-        update = add_product(ops, attended.tensor, block.out, b.x, b.update, b.sums)
+        update = add_later(ops, attended.tensor, block.out, b.x, b.update)
         normed = _norm(ops, b, update, block.gate_up)
         hidden = target(block.down, b.hidden, b.hidden_fp8)
         multiply_geglu(ops, normed.tensor, block.gate_up, b.gate_up, hidden)
-        update = add_product(ops, hidden.tensor, block.down, b.x, b.update, b.sums)
+        update = add_later(ops, hidden.tensor, block.down, b.x, b.update)
     _last_layer(weights, ops, b, rows, update)
 
 
@@ -56,22 +54,22 @@ def attention_obstacles(config: ModelConfig, weights: TurboWeights) -> list[str]
     return found
 
 
-def _norm(ops: Ops, b: PrefillBuffers, update: Tensor | None, reader: Product) -> Target:
+def _norm(ops: Ops, b: PrefillBuffers, update: Update | None, reader: Product) -> Target:
     """The stream, with what is still to be added to it, normed for the product that reads it."""
     into = target(reader, b.normed, b.normed_fp8)
     if update is None:
         ops.rms_norm(b.x, into.tensor, inverse=into.inverse)
     else:
-        ops.gated_residual_norm(b.x, update, None, None, None, into.tensor, inverse=into.inverse)
+        ops.gated_residual_norm(b.x, update.sums, update.scale, None, None, into.tensor, inverse=into.inverse)
     return into
 
 
-def _last_layer(weights: TurboWeights, ops: Ops, b: PrefillBuffers, rows: int, update: Tensor | None) -> None:
+def _last_layer(weights: TurboWeights, ops: Ops, b: PrefillBuffers, rows: int, update: Update | None) -> None:
     """Only keys and values: nothing reads the last layer's output."""
     merged = weights.prefix.last_keys_values
     columns = width(merged)
     keys_values = b.qkv.view(-1)[: len(b.x) * columns].view(len(b.x), columns)
     normed = _norm(ops, b, update, merged)
-    multiply(ops, normed.tensor, merged, keys_values)
-    no_queries = b.q[:, :0]
-    ops.rotate_and_store(keys_values, weights.cos, weights.sin, b.zero, no_queries, b.keys[-1], b.values[-1], rows)
+    scale = multiply_for(ops, normed.tensor, merged, keys_values)
+    cache = b.q[:, :0], b.keys[-1], b.values[-1]
+    ops.rotate_and_store(keys_values, weights.cos, weights.sin, b.zero, *cache, rows, scale)

@@ -27,12 +27,26 @@ class Target(NamedTuple):
 
 def target(product: Product | TiledGeglu | None, plain: Tensor, fp8: Tensor) -> Target:
     """`fp8` for an fp8 product, `plain` for any other and for None, what is never quantised."""
-    return Target(fp8, product.inverse) if isinstance(product, Fp8Weight) else Target(plain, 1.0)
+    if isinstance(product, Fp8Weight) or (isinstance(product, TiledGeglu) and product.e4m3):
+        return Target(fp8, product.inverse)
+    return Target(plain, 1.0)
+
+
+class Update(NamedTuple):
+    """What the next norm has to add to the stream: (M,N), each column times its scale (N,) float32."""
+
+    sums: Tensor
+    scale: Tensor
 
 
 def width(product: Product) -> int:
     """Columns of its output."""
     return len(product.values if isinstance(product, Fp8Weight) else product)
+
+
+def operand(product: Product) -> tuple[Tensor, Tensor | None]:
+    """What rows are multiplied with, and by what the sums of each column are; None: by nothing."""
+    return (product.values, product.scale) if isinstance(product, Fp8Weight) else (product, None)
 
 
 def multiply(ops: Ops, x: Tensor, product: Product, out: Tensor, bias: Tensor | None = None) -> None:
@@ -58,11 +72,20 @@ def multiply_gelu(ops: Ops, x: Tensor, linear: FoldedAffine[Product], scratch: T
 def multiply_geglu(ops: Ops, x: Tensor, product: Product | TiledGeglu, scratch: Tensor, into: Target) -> None:
     """into (M,F) = tanh-GELU(x · gateᵀ) * (x · upᵀ); scratch (M,2F)."""
     if isinstance(product, TiledGeglu):
-        ops.tiled_geglu(x, product, into.tensor)
+        ops.tiled_geglu(x, product, into.tensor, into.inverse)
     elif isinstance(product, Fp8Weight):
         ops.fp8_geglu_matmul(x, product, scratch, into.tensor, into.inverse)
     else:
         ops.geglu_matmul(x, product, scratch, into.tensor, into.inverse)
+
+
+def multiply_for(ops: Ops, x: Tensor, product: Product, out: Tensor) -> Tensor | None:
+    """`multiply` for a reader who scales the columns by what is returned, (N,) float32; not at all if that is None."""
+    if isinstance(product, Fp8Weight):
+        ops.fp8_sums(x, product, out)
+        return product.scale
+    ops.matmul(x, product, out)
+    return None
 
 
 def add_product(ops: Ops, x: Tensor, product: Product, stream: Tensor, update: Tensor, sums: Tensor) -> Tensor | None:
@@ -73,5 +96,14 @@ def add_product(ops: Ops, x: Tensor, product: Product, stream: Tensor, update: T
     if isinstance(product, Fp8Weight):
         ops.fp8_matmul(x, product, update, bias=product.bias, sums=sums)
         return update
+    ops.matmul(x, product, stream, residual=stream)
+    return None
+
+
+def add_later(ops: Ops, x: Tensor, product: Product, stream: Tensor, update: Tensor) -> Update | None:
+    """`add_product`, of a product without bias, for a norm that scales what it adds: `update` then holds bare sums."""
+    if isinstance(product, Fp8Weight):
+        ops.fp8_sums(x, product, update)
+        return Update(update, product.scale)
     ops.matmul(x, product, stream, residual=stream)
     return None
