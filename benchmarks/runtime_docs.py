@@ -176,7 +176,7 @@ def mode_table(options: Options) -> str | None:
 def delay_table(options: Options) -> str | None:
     """Success and jerk by delay; what was not run has its row, too."""
     rows = settings(options)
-    return delay_lines(rows, (*WAYS,)[:2]) if rows else None
+    return delay_lines(rows, ("", "_rtc")) if rows else None
 
 
 def eager_delay_table(options: Options) -> str | None:

@@ -8,6 +8,7 @@ kernel is launched before the one in front has ended.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -95,8 +96,12 @@ class VisionStage:
     def __init__(self, config: VisionConfig, weights: FoldedVision, obstacles: list[str] | None = None) -> None:
         self._config, self._weights = config, weights
         self._obstacles = tiled_vision_obstacles(config, weights) if obstacles is None else obstacles
-        self._sums = None if self._obstacles else vision_sums(weights)
         self._told: dict[int, str] = {}
+
+    @cached_property
+    def _sums(self) -> VisionSums:
+        """Made when the first number of rows needs it: in the run before a capture."""
+        return vision_sums(self._weights)
 
     def watched(self) -> VisionStage:
         """The same kernel by kernel, as an audit wants to see it."""
@@ -105,9 +110,9 @@ class VisionStage:
     def run(self, ops: Ops, images: Tensor, b: VisionBuffers) -> None:
         """See `encode`."""
         rows = len(b.x)
-        tilings = None if self._sums is None else kernels.vision_tilings(self._weights.blocks[0].fc2, rows)
-        self._told[rows] = "; ".join(self._obstacles) or f"no entry for {rows} rows in the tuned file"
-        if tilings is None or self._sums is None:
+        tilings = None if self._obstacles else kernels.vision_tilings(self._weights.blocks[0].fc2, rows)
+        if tilings is None:
+            self._told[rows] = "; ".join(self._obstacles) or f"no entry for {rows} rows in the tuned file"
             encode(self._config, self._weights, ops, images, b)
             return
         self._told[rows] = "norms behind products"
@@ -132,11 +137,12 @@ def encode_tiled(
     if tilings.grey and images.dtype == torch.uint8:
         ops.patches(images.flatten(0, 1), b.grey, GREY_PARTS)
         ops.wide_matmul(b.grey, sums.patch, b.embedded)
+        position = sums.position
     else:
         ops.patches(images.flatten(0, 1), b.patches)
         ops.matmul(b.patches, weights.patch, b.embedded)
+        position = weights.position
     # Nobody has made the moments of the first block's stream: it is normed on its way.
-    position = sums.position if tilings.grey and images.dtype == torch.uint8 else weights.position
     ops.layer_norm(b.embedded, b.normed, position, b.x)
     linear, last = ops.tiled_linear, weights.projector
     x = b.normed
