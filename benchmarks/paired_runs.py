@@ -97,26 +97,29 @@ class RunOptions:
 def run_all(configs: Mapping[str, EvalConfig], at_once: int, console: Console) -> None:
     """Evaluate all, `at_once` at a time, saying so as each ends.
 
-    Raises what `evaluate` does, when the runs that had begun have ended. Ctrl-C ends the process at once: what was
-    played is on the disk, and workers end with their parent.
+    A run that fails, such as one begun by another engine, does not keep the others from being played: raises an
+    ExceptionGroup of the failures at the end. Ctrl-C ends the process at once: what was played is on the disk, and
+    workers end with their parent.
     """
     ready = {name: prepared(config) for name, config in configs.items()}
     begin = time.monotonic()
+    failures: list[Exception] = []
     with ThreadPoolExecutor(at_once) as threads:
         pending = {threads.submit(evaluate, config): name for name, config in ready.items()}
         try:
             for future in as_completed(pending):
-                summary = future.result()
-                console.print(
-                    f"{time.monotonic() - begin:6.0f} s  {pending[future]}: {summary['verdict']}", highlight=False
-                )
+                try:
+                    outcome = future.result()["verdict"]
+                except Exception as error:
+                    error.add_note(f"in the run {pending[future]}")
+                    failures.append(error)
+                    outcome = f"failed: {error}"
+                console.print(f"{time.monotonic() - begin:6.0f} s  {pending[future]}: {outcome}", highlight=False)
         except KeyboardInterrupt:
             console.print("stopped; the same command continues")
             os._exit(INTERRUPTED)
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise
+    if failures:
+        raise ExceptionGroup(f"{len(failures)} of {len(ready)} runs failed", failures)
 
 
 def is_complete(directory: Path, episodes: int) -> bool:
