@@ -5,7 +5,7 @@ import torch
 from captured_support import model, observation
 
 from turbopi import Pi0
-from turbopi.engine import Precision, create_engine
+from turbopi.engine import MixedEngine, Precision, create_engine
 from turbopi.engine.graphs.engine import GraphEngine
 
 ort = pytest.importorskip("onnxruntime")
@@ -83,6 +83,21 @@ def test_sixteen_bits_are_the_model_within_their_rounding() -> None:
     inputs, noise = observation(engine.config, *RAGGED)
     errors = relative(engine.sample_actions(inputs, noise, STEPS), exact.sample_actions(inputs, noise, STEPS))
     assert errors <= TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize(
+    "stages", ["vision=onnx,prefill=turbo,denoise=turbo", "vision=turbo,prefill=onnx,denoise=turbo"]
+)
+def test_stages_mix_with_the_turbo_engine(stages: str) -> None:
+    """Image tokens, and a prefix, that another engine of the same GPU made."""
+    reference = model("pi05-tiny", "cuda")
+    engine = create_engine(stages, reference, "fp32")
+    assert isinstance(engine, MixedEngine)
+    inputs, noise = observation(reference.config, [20])
+    actions = engine.sample_actions(inputs, noise, STEPS)
+    assert relative(actions, reference.sample_actions(inputs.to("cuda"), noise.cuda(), STEPS)) <= TOLERANCE["fp32"]
+    assert torch.equal(engine.sample_actions(inputs, noise, STEPS), actions)
+    assert all(cost["median"] > 0 for cost in engine.describe()["hand_over_ms"].values())
 
 
 def test_an_engine_may_be_dropped_while_it_computes() -> None:
