@@ -19,6 +19,8 @@ PROFILES = {
     "kernels full": ("bench_kernels_full_h200", "turbo:bf16"),
     "kernels libero fp8": ("bench_kernels_libero_fp8_h200", "turbo:fp8"),
     "kernels full fp8": ("bench_kernels_full_fp8_h200", "turbo:fp8"),
+    "kernels full batch": ("bench_kernels_full_batch_h200", "turbo:bf16"),
+    "kernels full batch fp8": ("bench_kernels_full_batch_h200", "turbo:fp8"),
 }
 """By the marks in the page: a receipt and an engine in it."""
 SHOWN = 0.93

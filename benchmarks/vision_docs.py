@@ -1,21 +1,21 @@
-"""The measured part of "Stage 1: norms behind products" in docs/vision-prefix.md, made from its receipt alone.
+"""The measured parts of stage 1 in docs/vision-prefix.md, bf16 and E4M3, made from their receipts alone.
 
     python benchmarks/vision_docs.py --write
 
-The receipt is that of `benchmarks/vision_stage.py`.
+The receipts are those of `benchmarks/vision_stage.py`, and with `--precision fp8`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import tyro
 from doc_tables import ROOT, Options, fill, markdown_table, receipt
 
 PAGE = ROOT / "docs" / "vision-prefix.md"
-RECEIPT = "vision_stage_nvidia-h200"
-BEFORE, AFTER = "kernel by kernel", "norms behind products"
-HEADER = ("rows", "kernel by kernel, us", "norms behind products, us", "gain", "errors", "tiles: qkv, `out`, fc1, fc2")
+RECEIPT, FP8_RECEIPT = "vision_stage_nvidia-h200", "vision_stage_fp8_nvidia-h200"
+BEFORE, AFTER, FP8_AFTER = "kernel by kernel", "norms behind products", "tiled products in E4M3"
 
 
 def tile(cut: dict[str, Any]) -> str:
@@ -24,30 +24,30 @@ def tile(cut: dict[str, Any]) -> str:
     return f"{64 * cut['groups']} x {cut['columns']}{parts}"
 
 
-def table() -> str | None:
-    """A line a number of rows; None without the receipt."""
-    found = receipt(RECEIPT)
+def table(name: str, own: str) -> str | None:
+    """A line a number of rows; None without the receipt. `own`: what the kernels of this page are called in it."""
+    found = receipt(name)
     if found is None:
         return None
     lines = []
     for run in found["results"]["runs"]:
         if run["tilings"] is None:
             continue
-        before, after = run["us"][BEFORE], run["us"][AFTER]
-        tiles = ", ".join(tile(run["tilings"][name]) for name in ("qkv", "out", "fc1", "fc2"))
+        before, after = run["us"][BEFORE], run["us"][own]
+        tiles = ", ".join(tile(run["tilings"][product]) for product in ("qkv", "out", "fc1", "fc2"))
         grey = "; grey levels" if run["tilings"]["grey"] else ""
-        errors = " / ".join(f"{run['errors'][name]:.1e}" for name in (BEFORE, AFTER))
+        errors = " / ".join(f"{run['errors'][way]:.1e}" for way in (BEFORE, own))
         gain = f"{before / after:.2f} x"
         lines.append((str(run["rows"]), f"{before:.0f}", f"**{after:.0f}**", gain, errors, tiles + grey))
-    where = (
-        f"Random weights, one CUDA graph a way, in turns ([`{RECEIPT}.json`](../benchmarks/results/{RECEIPT}.json))."
-    )
-    return f"{where}\n\n{markdown_table(HEADER, lines)}"
+    where = f"Random weights, one CUDA graph a way, in turns ([`{name}.json`](../benchmarks/results/{name}.json))."
+    header = ("rows", f"{BEFORE}, us", f"{own}, us", "gain", "errors", "tiles: qkv, `out`, fc1, fc2")
+    return f"{where}\n\n{markdown_table(header, lines)}"
 
 
 def main() -> None:
     """Print or write."""
-    fill(PAGE, {"vision": table}, tyro.cli(Options, description=__doc__).write)
+    tables = {"vision": partial(table, RECEIPT, AFTER), "vision in fp8": partial(table, FP8_RECEIPT, FP8_AFTER)}
+    fill(PAGE, tables, tyro.cli(Options, description=__doc__).write)
 
 
 if __name__ == "__main__":

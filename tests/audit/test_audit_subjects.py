@@ -6,6 +6,7 @@ import torch
 from audit_support import config_of, eager, graph_of, relative, turbo, weights
 from torch import Tensor
 
+from turbopi.audit.checks import Told
 from turbopi.audit.measure import FLOOR, Reordered, compare, first_over, record
 from turbopi.audit.probe import ModuleSubject
 from turbopi.audit.sample import Subject
@@ -62,6 +63,28 @@ def test_turbo_tells_its_buffers_under_the_references_names(kind: str) -> None:
     assert max(relative(told[name], whole[name]) for name in told) < 1e-5
     sampled = engine.sample_actions(graph.sample.inputs, graph.sample.noise, graph.sample.steps)
     assert torch.equal(told["actions"][0], sampled[0])
+
+
+def test_a_stage_that_tells_nothing_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("pi05-tiny")
+    graph = graph_of(config)
+    subject = TurboSubject("turbo-twins:fp32", turbo(config), graph.model)
+    expected, seen = subject.run(graph.sample, nothing), list[str]()
+    monkeypatch.setattr(subject, "_check", lambda name, role: seen.append(role))
+    for wanted, first, others in (
+        ("vision.cam1.tokens", "patches", {"embedding", "actions in"}),
+        ("prefix.layers.1.v", "embedding", {"patches", "actions in"}),
+        ("cache.layers.0.k", "actions in", {"patches", "embedding"}),
+        ("actions", "actions in", {"patches", "embedding"}),
+    ):
+        told = Told([wanted])
+        assert torch.equal(subject.run(graph.sample, told), expected)
+        assert set(told.tensors) == {wanted}
+        assert seen[0] == first
+        assert not others & set(seen)
+        seen.clear()
+    assert torch.equal(subject.run(graph.sample, Told()), expected)
+    assert seen == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -58,7 +58,13 @@ def test_engines_side_by_side(engines: tuple[str, ...]) -> None:
             assert sum(stage["median_ms"] for stage in subject["stages"].values()) > 0
         assert run["transfers"]["observation_to_device"]["median_ms"] > 0
     if "turbo" in engines:
-        assert {"host place", "device upload", "device graph"} <= set(run["subjects"]["turbo"]["split_ms"])
+        found = run["subjects"]["turbo"]
+        assert set(found["split_ms"]) == {"host place", "host launch", "host wait and read", "device whole"}
+        within = found["device_in_call"]
+        assert within["count"] == found["call"]["count"] == 20
+        # The copies are in it, the host's work is not.
+        assert found["graph"]["min_ms"] < within["median_ms"] < found["call"]["median_ms"]
+        assert "device_in_call" not in run["subjects"]["graphed"]
 
 
 def test_every_kernel_of_a_tick_has_its_stage() -> None:

@@ -113,6 +113,7 @@ def test_a_receipt_of_ten_thousand_ticks_stays_small(tmp_path: Path) -> None:
         split=[{"host place": 1.0}],
         stages=(3 + rng.random((2000, 3))).tolist(),
         graph=(9 + rng.random(2000)).tolist(),
+        device_in_call=(9 + rng.random(10_000)).tolist(),
     )
     results = {n: subject_results(STAGES, times, costs, Ceilings(1e12, 1e12), 1, 20.0, series=2) for n in "ab"}
     path = write_receipt(tmp_path / "r.json", "bench latency", results, {})
@@ -120,6 +121,9 @@ def test_a_receipt_of_ten_thousand_ticks_stays_small(tmp_path: Path) -> None:
     written = json.loads(path.read_text())["results"]["a"]
     assert len(written["call"]["samples_ms"]) == written["call"]["count"] == 10_000
     assert written["graph"]["samples_every"] == 5
+    within = written["device_in_call"]
+    assert (within["count"], within["samples_every"]) == (10_000, 25)
+    assert within["p99_over_p50"] == pytest.approx(9.99 / 9.5, abs=0.005)
     assert written["outside_device_ms"] == written["call"]["median_ms"] - written["graph"]["median_ms"]
 
 
@@ -153,6 +157,7 @@ def test_an_engine_of_one_piece_is_taken_apart_by_its_ticks() -> None:
     assert subject.inputs.images.dtype == torch.uint8
     subject.warm_up()
     subject.call()
+    assert subject.call_device_ms() is None  # no device to time it
     assert set(subject.split()) == {"host whole"}
     subject.prepare()
     marks: list[int] = []
@@ -166,6 +171,13 @@ def test_an_engine_of_one_piece_is_taken_apart_by_its_ticks() -> None:
     assert other.inputs.images.dtype == torch.float32
     assert other.graph() is None
     assert not isinstance(eager, PlacingEngine)
+
+
+def test_what_the_device_timed_stands_beside_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineSubject, "call_device_ms", lambda _: 0.25)
+    subject = measure_latency(config())["runs"][0]["subjects"]["eager"]
+    assert subject["device_in_call"]["count"] == subject["call"]["count"] == 5
+    assert (subject["device_in_call"]["median_ms"], subject["device_in_call"]["p99_over_p50"]) == (0.25, 1.0)
 
 
 def test_uint8_images_are_the_same_picture() -> None:

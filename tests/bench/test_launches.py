@@ -187,3 +187,5 @@ def test_what_cannot_be_profiled_is_refused() -> None:
         measure_kernels(config(device="cpu"))
     with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
         config(repeats=0)
+    with pytest.raises(ValueError, match="between 1 and 256, got 0"):
+        config(batch=0)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from turbopi.cli.bench import kernel_tables
+from turbopi.cli.bench import kernel_tables, latency_tables
 from turbopi.cli.main import main
 
 
@@ -33,6 +33,16 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out.read_text())["results"]["ticks"]["eager"][0]["prompt_tokens"] == 3
 
 
+def test_what_the_device_timed_has_a_table() -> None:
+    times = {key: 8.0 + i / 4 for i, key in enumerate(("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"))}
+    call = times | {"deadline_miss_rate": 0.0, "samples_per_s": 125.0}
+    subjects = {"turbo": {"call": call, "device_in_call": times | {"p99_over_p50": 1.0625}}, "eager": {"call": call}}
+    run = {"batch": 1, "prefix_tokens": 552, "subjects": subjects}
+    _, table = latency_tables({"runs": [run]})
+    cells = [list(column.cells) for column in table.columns]
+    assert cells == [["turbo"], ["8.00"], ["8.25"], ["8.50"], ["8.75"], ["9.00"], ["1.062"]]
+
+
 def test_kernels_in_tables() -> None:
     row = {"label": "gemm", "count": 27.0, "own_ms": 0.5, "share": 0.25, "median_us": 18.25}
     stage = {"span_ms": 2.0, "launches": 54.0, "gaps_ms": 0.25, "kernels": [row]}
@@ -50,6 +60,7 @@ def test_kernels_in_tables() -> None:
         (["--views", "4"], "has 4 views, the model has 3"),
         (["--batch", "0"], "between 1 and 256"),
         (["--what", "kernels"], "a profile per kernel needs a CUDA GPU"),
+        (["--what", "kernels", "--batch", "1", "2"], "of one batch size, got --batch (1, 2)"),
     ],
 )
 def test_errors_take_one_line(

@@ -9,7 +9,7 @@ from captured_support import Rerun, model, observation
 from turbo_support import STAGE_TOLERANCE, cloned, relative, twins, uint8_input, valid_part, with_gaps
 
 from turbopi import InputError, Pi0, preset
-from turbopi.engine import TickEngine, create_engine, sample_actions
+from turbopi.engine import TickEngine, TimedEngine, create_engine, sample_actions
 from turbopi.engine.eager import EagerEngine
 from turbopi.engine.turbo import TurboEngine
 from turbopi.engine.turbo import engine as turbo_engine
@@ -261,6 +261,43 @@ def test_a_tick_in_parts_is_a_tick() -> None:
     assert torch.equal(tick.read(), expected)
     with pytest.raises(ValueError, match="unknown stage 'dream'"):
         tick.launch_stage("dream")
+
+
+def test_a_call_in_one_piece_is_a_call_in_parts() -> None:
+    """One recording a bucket takes the inputs from where the host writes them to where it reads the actions."""
+    reference, recorder = model("pi05-tiny"), Rerun()
+    engine = TurboEngine(reference, "fp32", twin_ops(), recorder)
+    for seed, length in enumerate((9, 20, 9)):
+        x, noise = observation(reference.config, [length], seed=seed)
+        whole = engine.sample_actions(x, noise, 2)
+        tick = engine.place(x, noise, 2)
+        tick.upload()
+        tick.launch()
+        assert torch.equal(tick.read(), whole)
+        tick.start()
+        again = tick.read()
+        assert torch.equal(again, whole)
+        assert torch.equal(engine.sample_again(engine.last_cache(), x.state, noise, 2), whole)
+    engine.sample_actions(*observation(reference.config, [9], seed=7), 2)
+    assert not torch.equal(engine.sample_actions(x, 2 * noise, 2), again)
+    assert recorder.recorded == 2 * 2 + 2  # of both buckets: the call, the tick alone, stage 3
+
+
+def test_images_that_nobody_sees_are_not_taken_over() -> None:
+    engine = twins(model("pi05-tiny"))
+    x, noise = observation(engine.config, [9], [(True, False, True)])
+    images = x.images.clone()
+    images[:, 1] = math.nan
+    hidden = dataclasses.replace(x, images=images)
+    assert torch.equal(engine.sample_actions(hidden, noise, 2), engine.sample_actions(x, noise, 2))
+
+
+def test_calls_are_timed_on_a_gpu_only() -> None:
+    engine = twins(model("pi05-tiny"))
+    assert isinstance(engine, TimedEngine)
+    assert not engine.time_calls()
+    with pytest.raises(RuntimeError, match="call time_calls"):
+        engine.call_ms()
 
 
 def test_sample_actions_of_any_engine() -> None:

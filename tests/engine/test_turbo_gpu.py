@@ -81,6 +81,25 @@ def test_one_observation_is_denoised_in_one_kernel(name: str) -> None:
     assert all(torch.equal(engine.sample_actions(x, noise, 10), actions) for _ in range(20))
 
 
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_call_is_one_graph_with_the_bits_of_its_parts(batch: tuple[list[int], list[tuple[bool, ...]]]) -> None:
+    reference = model("pi05-small", device="cuda", dtype=torch.bfloat16)
+    engine, timed = turbo(reference, "bf16"), turbo(reference, "bf16")
+    assert timed.time_calls()
+    for seed in range(3):
+        x, noise = observation(reference.config, *batch, seed=seed)
+        whole = engine.sample_actions(x, noise, 10)
+        tick = engine.place(x, noise, 10)
+        tick.upload()
+        tick.launch()
+        assert torch.equal(tick.read(), whole)
+        assert torch.equal(timed.sample_actions(x, noise, 10), whole)
+        assert 0 < timed.call_ms() < 1e3
+        for stage in ("encode_images", "prefill", "denoise"):
+            tick.launch_stage(stage)
+        assert relative(tick.read(), whole) < 1e-2
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["pi0-small", "pi05-small"])
 def test_same_inputs_same_bits(name: str, precision: str) -> None:

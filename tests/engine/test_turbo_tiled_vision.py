@@ -5,13 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from captured_support import model, observation
+from fp8_support import calibrated, quantisation_of
 from turbo_support import STAGE_TOLERANCE, relative, twins, uint8_input
 
 from turbopi import kernels
-from turbopi.engine.turbo import tiled_vision
+from turbopi.engine import base
+from turbopi.engine.turbo import TurboEngine, tiled_vision
 from turbopi.engine.turbo.buckets import Bucket
 from turbopi.engine.turbo.buffers import vision_specs
+from turbopi.engine.turbo.ops import twin_ops
 from turbopi.kernels import LinearTiling, VisionTilings
+from turbopi.quant import quantised
 from turbopi.quant.fp8 import Fp8Weight
 
 
@@ -38,7 +42,23 @@ def test_the_answer_is_the_reference(name: str) -> None:
     assert set(engine.describe()["vision"].values()) == {"norms behind products"}
 
 
-def test_a_model_in_fp8_or_of_other_sizes_goes_kernel_by_kernel() -> None:
+@pytest.mark.usefixtures("_tiled")
+def test_in_e4m3_it_is_the_simulated_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32 streams: nothing but the products' rounding is left, and sums in another order may flip one."""
+    monkeypatch.setitem(base.DTYPES, "fp8", torch.float32)
+    reference = calibrated("pi05-tiny", torch.float32, bare=True)
+    quantisation = quantisation_of(reference)
+    engine = TurboEngine(reference, "fp8", twin_ops(), None, quantisation=quantisation)
+    simulated, errors = quantised(reference, quantisation), []
+    for seed in range(5):
+        x, _ = observation(reference.config, [9, 33], seed=seed)
+        got, want = engine.encode_images(x.images, x.image_mask), simulated.encode_images(x.images, x.image_mask)
+        errors.append(relative(got[x.image_mask], want[x.image_mask]))
+    assert min(errors) <= STAGE_TOLERANCE, errors
+    assert set(engine.describe()["vision"].values()) == {"tiled products in E4M3"}
+
+
+def test_a_model_in_two_formats_or_of_other_sizes_goes_kernel_by_kernel() -> None:
     reference = model("pi05-tiny")
     x, _ = observation(reference.config, [9, 33])
     engine = twins(reference)
@@ -49,7 +69,8 @@ def test_a_model_in_fp8_or_of_other_sizes_goes_kernel_by_kernel() -> None:
     weights = engine._weights.vision
     block = replace(weights.blocks[0], fc2=object.__new__(Fp8Weight))
     quantised = replace(weights, blocks=(block,))
-    assert tiled_vision.tiled_vision_obstacles(reference.config.vision, quantised) == ["a quantised model"]
+    found = tiled_vision.tiled_vision_obstacles(reference.config.vision, quantised)
+    assert found == ["products of the tower in two formats"]
     assert tiled_vision.tiled_vision_obstacles(reference.config.vision, replace(weights, blocks=())) == ["no blocks"]
 
 

@@ -137,6 +137,12 @@ def fused(m, hopper):
     kernels.row_parts(hidden, empty(1024, 4096), parts)
     kernels.row_sum_norm(parts, x, vector, vector, vector, x)
     kernels.row_geglu(x, empty(8192, 1024), hidden)
+    weights = empty(32, 1024, dtype=F32), empty(32, dtype=F32), empty(1024, 32, dtype=F32)
+    x_t = empty(m, 32, dtype=F32)
+    for normed, inverse in ((x, 1.0), (empty(m, 1024, dtype=E4M3), 2.5)):
+        kernels.row_step(
+            x, weights[:2], x_t, (weights[2], vector), empty(m, 1024), (vector, vector), normed, inverse=inverse
+        )
     narrow, wide, columns = empty(m, 1024, dtype=E4M3), empty(m, 4096, dtype=E4M3), empty(8192, dtype=F32)
     kernels.row_qkv(narrow, empty(2560, 1024, dtype=E4M3), table, table, one, q, cache, cache, m, scale=columns[:2560])
     kernels.row_attention(q, cache, cache, one, empty(m, 2048, dtype=E4M3), m, *partial, extra=m, inverse=2.5)

@@ -109,6 +109,7 @@ def test_the_twin_is_the_reference() -> None:
         ({"head_dim": 72}, "head_dim 72"),
         ({"mlp_dim": 96}, "mlp_dim 96"),
         ({"rows": 50}, "50 suffix rows"),
+        ({"mlp_dim": 8192}, "10 rows of 8192"),
     ],
 )
 def test_what_cannot_be_tiled_is_said(change: dict[str, int], word: str) -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_tools import DEVICE, assert_equal_up_to_rounding, assert_guard, cases, guarded, seeded, up
+from kernel_tools import DEVICE, TOLERANCE, assert_equal_up_to_rounding, assert_guard, cases, guarded, seeded, up
 
 from turbopi import kernels
 from turbopi.kernels import (
+    E4M3,
     AttentionConfig,
     GemmConfig,
     row_attention_cluster,
@@ -170,29 +171,35 @@ def test_row_attention_of_hopper(shape, splits, state_token):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
 @pytest.mark.parametrize(
     ("batch", "rows", "slots", "state_token"),
     [(1, 50, 1018, False), (2, 51, 1019, True), (3, 10, 300, False), (1, 17, 40, True), (1, 4, 6, False)],
 )
-def test_row_attention_of_a_cluster(batch, rows, slots, state_token):
+def test_row_attention_of_a_cluster(batch, rows, slots, state_token, dtype):
     q = seeded(batch * rows, 2048, dtype=torch.bfloat16, scale=1 / 8)
     keys, values = (seeded(batch, 1, slots, 256, dtype=torch.bfloat16).roll(i, 2).clone() for i in range(2))
     lengths = torch.tensor([max(slots - rows - 7 * b, 1) for b in range(batch)], dtype=torch.int32, device=DEVICE)
     for b, length in enumerate(lengths.tolist()):
         keys[b, :, length + rows :] = values[b, :, length + rows :] = float("nan")
-    out, want = guarded(*q.shape, dtype=torch.bfloat16), guarded(*q.shape)
+    out, want, inverse = guarded(*q.shape, dtype=dtype), guarded(*q.shape), 100.0 if dtype == E4M3 else 1.0
     if found := row_attention_cluster.obstacles(q, keys, values, out):
         pytest.skip("; ".join(found))
     shape = check_attention(q, keys, values, lengths, out, rows)
-    call = (q, keys, values, lengths, out, shape, rows, state_token, keys)
+    call = (q, keys, values, lengths, out, shape, rows, state_token, keys, inverse)
     row_attention_cluster.launch(*call)
     first = out.clone()
     row_attention_cluster.launch(*call)
-    assert torch.equal(out, first)
+    assert torch.equal(out.view(torch.uint8), first.view(torch.uint8))
     assert_guard(out)
     partial = guarded(1, len(q) * 8, 256), guarded(1, len(q) * 8)
     more = {"extra": rows, "state_token": state_token}
     kernels.row_attention_ref(up(q), up(keys), up(values), lengths, want, rows, *partial, **more)
+    if dtype == E4M3:
+        # Half a step of 1/8, beside what bfloat16 is allowed.
+        error = (out.float() / inverse - want).abs()
+        assert (error <= 0.07 * want.abs() + TOLERANCE[torch.bfloat16] * want.abs().max()).all()
+        return
     assert_equal_up_to_rounding(out, want)
 
 

@@ -68,13 +68,13 @@ def test_it_is_chosen_where_the_tuned_file_names_it(monkeypatch, tmp_path, named
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 20.0])
 @pytest.mark.parametrize("images", [1, 2, 3, 7])
 def test_the_kernel_equals_its_twin(images, sharpness):
-    """Bit for bit the same again, and no byte beside its output."""
+    """Bit for bit the same again, launched early too, and no byte beside its output."""
     qkv = case(images, sharpness)
     outs = [guarded(images * ROWS, WIDTH, dtype=BF16) for _ in range(2)]
     if found := kernels.vision_attention_obstacles(qkv, outs[0], HEADS, ROWS):
         pytest.skip("; ".join(found))
-    for out in outs:
-        kernels.vision_attention(qkv, out, HEADS, ROWS)
+    for out, early in zip(outs, (False, True), strict=True):
+        kernels.vision_attention(qkv, out, HEADS, ROWS, early=early)
         assert_guard(out)
     assert torch.equal(*outs)
     want = torch.empty(images * ROWS, WIDTH, device=DEVICE)

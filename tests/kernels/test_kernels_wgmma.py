@@ -12,6 +12,7 @@ from turbopi.kernels import E4M3
 from turbopi.kernels._wgmma import tile_definitions
 from turbopi.kernels.cuda_module import defined
 
+norm = import_module("turbopi.kernels.early_norm")
 geglu = import_module("turbopi.kernels.tiled_geglu")
 attention = import_module("turbopi.kernels.prefix_attention")
 linear = import_module("turbopi.kernels.tiled_linear")
@@ -32,13 +33,18 @@ SOURCES = {
     "tiles of 8": (geglu.SOURCE, {"K": 64, "N": 256} | tile_definitions(8, 4, torch.bfloat16)),
     "tiles of 192 in E4M3": (geglu.SOURCE, FULL | tile_definitions(192, 4, E4M3)),
     "tiles of 200 in E4M3": (geglu.SOURCE, FULL | tile_definitions(200, 3, E4M3)),
-    "attention of few rows": (cluster.SOURCE, cluster.definitions()),
-    "attention": (attention.SOURCE, attention.definitions(256, 6, False)),
-    "attention in E4M3": (attention.SOURCE, attention.definitions(256, 4, True)),
+    "attention of few rows": (cluster.SOURCE, cluster.definitions(e4m3=False)),
+    "attention of few rows to E4M3": (cluster.SOURCE, cluster.definitions(e4m3=True)),
+    "attention of one block": (attention.SOURCE, attention.definitions(attention.Tiling(3, 208, False), 128, False)),
+    "attention of many": (attention.SOURCE, attention.definitions(attention.Tiling(2, 128, True), 128, False)),
+    "attention of batches": (attention.SOURCE, attention.definitions(attention.Tiling(1, 128, True), 64, True)),
     "attention of images": (vision.SOURCE, vision.definitions(16, False)),
     "attention of images in E4M3": (vision.SOURCE, vision.definitions(16, True)),
     "qkv behind a norm": product(3456, 1152, linear.LinearTiling(2, 112), NORMED=16),
     "fc1 of 4 groups": product(4352, 1152, linear.LinearTiling(4, 104), NORMED=12, GELU=1),
+    "fc1 in E4M3": product(4352, 1152, linear.LinearTiling(2, 208, 1, 3), GELU=1, NARROW=1, E4M3=1),
+    "fc2 in E4M3": product(1152, 4352, linear.LinearTiling(1, 128), RESIDUAL=1, MOMENTS=1, E4M3=1),
+    "the norm in front of E4M3": (norm.SOURCE, {"WIDTH": 1152, "WARPS": norm.WARPS}),
     "fc2 in parts": product(1152, 4352, linear.LinearTiling(2, 72, 2), RESIDUAL=1, MOMENTS=1),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -41,12 +41,25 @@ class Check:
         return asdict(self)
 
 
-def _quiet(name: str, value: Tensor) -> None:
-    return None
+class Told:
+    """A visitor that keeps some tensors and is told of no others."""
+
+    def __init__(self, names: Collection[str] = ()) -> None:
+        self._names = names
+        self.tensors: dict[str, Tensor] = {}
+
+    def wants(self, name: str) -> bool:
+        """See `sample.wanted`."""
+        return name in self._names
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        """See `sample.Visit`."""
+        if name in self._names:
+            self.tensors[name] = value.cpu().clone()
 
 
 def _actions(subject: Subject, sample: Sample) -> Tensor:
-    return subject.run(sample, _quiet).cpu().clone()
+    return subject.run(sample, Told()).cpu().clone()
 
 
 def _changed(sample: Sample, **fields: Tensor) -> Sample:
@@ -115,13 +128,9 @@ def _mask_leak(subject: Subject, sample: Sample, config: ModelConfig, right: Ten
 
 
 def _told(subject: Subject, sample: Sample, tensors: Sequence[str]) -> tuple[dict[str, Tensor], Tensor]:
-    told: dict[str, Tensor] = {}
-
-    def visit(name: str, value: Tensor) -> None:
-        if name in tensors:
-            told[name] = value.cpu().clone()
-
-    return told, subject.run(sample, visit).cpu().clone()
+    told = Told(tensors)
+    actions = subject.run(sample, told).cpu().clone()
+    return told.tensors, actions
 
 
 def _cameras(subject: Subject, sample: Sample, right: Tensor, precision_error: float) -> list[Check]:

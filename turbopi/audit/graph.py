@@ -68,7 +68,13 @@ class ReferenceGraph:
     @cached_property
     def truth(self) -> Tensor:
         """The reference's own actions (1,H,32) float32."""
-        return dict(self.sweep({}))["actions"]
+        return self.recording()["actions"]
+
+    def recording(self) -> dict[str, Tensor]:
+        """Every tensor of the reference's own run."""
+        told = dict(self.sweep({}))
+        self.truth = told["actions"]
+        return told
 
     @torch.no_grad()
     def sweep(self, given: Values) -> Iterator[tuple[str, Tensor]]:

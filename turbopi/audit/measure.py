@@ -209,7 +209,7 @@ def compare(candidate: Subject, plain: Subject, graphs: list[ReferenceGraph]) ->
     """
     sums = {(who, mode): Differences() for who in ("candidate", "plain") for mode in MODES}
     for graph in graphs:
-        truth = dict(graph.sweep({}))
+        truth = graph.recording()
         names: tuple[str, ...] = ()
         for who, subject in (("candidate", candidate), ("plain", plain)):
             wide = who == "plain" and candidate.wide_logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from ..config import ModelConfig
 
@@ -56,6 +57,7 @@ class Place:
         return found[-1] if found else "other"
 
 
+@cache
 def place(name: str) -> Place:
     """Take a name apart. Raises ValueError for what is no tensor's name."""
     first, *rest = name.split(".")

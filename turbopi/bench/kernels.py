@@ -29,6 +29,7 @@ class KernelsConfig:
 
     Attributes:
         model, workload, engines, device, precision, plan, seed: as in `LatencyConfig`.
+        batch: observations at once.
         repeats: ticks that are profiled, and as many that are timed without the profiler.
         warmup: ticks before them, in which an engine may capture or compile.
         trace: folder for each engine's trace, which trace viewers show; None keeps none.
@@ -39,6 +40,7 @@ class KernelsConfig:
     engines: tuple[str, ...]
     device: str
     precision: Precision
+    batch: int = 1
     repeats: int = 20
     warmup: int = 5
     plan: PrecisionPlan | None = None
@@ -49,6 +51,8 @@ class KernelsConfig:
         contenders(self.engines, self.precision)
         if min(self.repeats, self.warmup) < 1:
             raise ValueError(f"repeats and warmup must be at least 1, got {self.repeats} and {self.warmup}")
+        if not 1 <= self.batch <= 256:
+            raise ValueError(f"batch must be between 1 and 256, got {self.batch}")
 
 
 def measure_kernels(config: KernelsConfig, progress: Progress = lambda _: None) -> dict[str, Any]:
@@ -65,14 +69,14 @@ def measure_kernels(config: KernelsConfig, progress: Progress = lambda _: None) 
         sizes = config.workload.fit(config.model)
         asked = contenders(config.engines, config.precision)
         engines, _ = make_engines(asked, sizes, device, config.seed, config.plan, progress)
-        inputs, noise = observation(sizes, config.workload, 1)
+        inputs, noise = observation(sizes, config.workload, config.batch)
         found = {}
         for name, engine in engines.items():
             progress(f"{name}: profile")
             subject = EngineSubject(name, engine, inputs, noise, config.workload.steps)
             measured = profile(subject, config, device, _recorder(config, name))
             found[name] = measured | {"engine": subject.describe()}
-        return {"prefix_tokens": config.workload.prefix_tokens(sizes), "engines": found}
+        return {"prefix_tokens": config.workload.prefix_tokens(sizes), "batch": config.batch, "engines": found}
 
 
 def _recorder(config: KernelsConfig, name: str) -> Recorder:

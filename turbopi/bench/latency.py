@@ -86,9 +86,10 @@ class LatencyConfig:
 
 @dataclass
 class Times:
-    """Milliseconds of one subject: whole calls, calls taken apart, stages, the whole tick's graph."""
+    """Milliseconds of one subject: whole calls by both clocks, calls taken apart, stages, the whole tick's graph."""
 
     call: list[float] = field(default_factory=list)
+    device_in_call: list[float] = field(default_factory=list)
     split: list[dict[str, float]] = field(default_factory=list)
     stages: list[list[float]] = field(default_factory=list)
     graph: list[float] = field(default_factory=list)
@@ -218,7 +219,11 @@ def _subjects(
 
 
 def _calls(subject: Subject, times: Times, count: int) -> None:
-    times.call += [wall_ms(subject.call) for _ in range(count)]
+    for _ in range(count):
+        times.call.append(wall_ms(subject.call))
+        device_ms = subject.call_device_ms()
+        if device_ms is not None:
+            times.device_in_call.append(device_ms)
 
 
 def _turn(subject: Subject, times: Times, config: LatencyConfig, block: int, device: torch.device) -> None:
@@ -260,9 +265,12 @@ def subject_results(
         "call": call | call_rates(times.call, batch, hz),
         "split_ms": {name: float(np.median([split[name] for split in times.split])) for name in times.split[0]},
     }
+    keep = STAGE_SAMPLES // (5 * series)
+    if times.device_in_call:
+        found = summary(times.device_in_call, keep)
+        results["device_in_call"] = found | {"p99_over_p50": found["p99_ms"] / found["median_ms"]}
     if not times.stages:
         return results
-    keep = STAGE_SAMPLES // (5 * series)
     measured = np.asarray(times.stages)
     stages = {name: summary(measured[:, i].tolist(), keep) for i, name in enumerate(stage_names)}
     results |= {"stages": stages, "tick_device": summary(measured.sum(axis=1).tolist(), keep)}

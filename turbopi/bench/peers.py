@@ -55,6 +55,10 @@ class LerobotSubject:
         """See `Subject`."""
         self._ask().cpu()
 
+    def call_device_ms(self) -> float | None:
+        """None: it is asked for stage by stage, and the host's delays lie between."""
+        return None
+
     def split(self) -> dict[str, float]:
         """See `Subject`."""
         start = time.perf_counter()

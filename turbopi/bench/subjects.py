@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..engine import STAGES, DescribedEngine, Engine, TickEngine, sample_actions
+from ..engine import STAGES, DescribedEngine, Engine, TickEngine, TimedEngine, sample_actions
 from ..model import ModelInput
 from .workloads import as_uint8
 
@@ -34,6 +34,9 @@ class Subject(Protocol):
     def call(self) -> None:
         """The whole tick, from observation on the host to actions on the host."""
 
+    def call_device_ms(self) -> float | None:
+        """The device's own time of the latest `call`, where it was taken within it."""
+
     def split(self) -> dict[str, float]:
         """The whole tick again; milliseconds of its parts, as far as the subject lets them be told apart.
 
@@ -51,7 +54,10 @@ class Subject(Protocol):
 
 
 class PlacedTick(Protocol):
-    """A request that lies in an engine's own memory, step by step."""
+    """A request that lies in an engine's own memory: `start` and `read` are a call, the others parts of it."""
+
+    def start(self) -> None:
+        """Start everything, copies included."""
 
     def upload(self) -> None:
         """Start the copy to the device."""
@@ -68,7 +74,7 @@ class PlacedTick(Protocol):
 
 @runtime_checkable
 class PlacingEngine(TickEngine, Protocol):
-    """An engine whose whole tick can be taken apart into placing, upload, launch and read."""
+    """An engine whose whole tick can be taken apart into placing, starting and reading."""
 
     def place(self, input: ModelInput, noise: Tensor, steps: int) -> PlacedTick:  # noqa: A002
         """Write a request where the device will fetch it."""
@@ -90,6 +96,7 @@ class EngineSubject:
         self.noise = noise
         self.inputs = as_uint8(inputs) if isinstance(engine, TickEngine) and engine.accepts_uint8 else inputs
         self._tick: PlacedTick | None = None
+        self._timed = engine if isinstance(engine, TimedEngine) and engine.time_calls() else None
         device = engine.device
         resident = {name: getattr(inputs, name).to(device) for name in ("images", "tokens", "state")}
         self._resident = dataclasses.replace(inputs, **resident)
@@ -106,6 +113,10 @@ class EngineSubject:
         """See `Subject`."""
         sample_actions(self.engine, self.inputs, self.noise, self.steps)
 
+    def call_device_ms(self) -> float | None:
+        """See `Subject`."""
+        return None if self._timed is None else self._timed.call_ms()
+
     def split(self) -> dict[str, float]:
         """See `Subject`."""
         if isinstance(self.engine, PlacingEngine) and self.engine.device.type == "cuda":
@@ -120,21 +131,17 @@ class EngineSubject:
         return {"host ask": 1e3 * (asked - start), "host wait and read": 1e3 * (time.perf_counter() - asked)}
 
     def _split_placed(self, engine: PlacingEngine) -> dict[str, float]:
-        begin, uploaded, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         times = [time.perf_counter()]
         tick = engine.place(self.inputs, self.noise, self.steps)
         times.append(time.perf_counter())
-        begin.record()
-        tick.upload()
-        uploaded.record()
-        tick.launch()
-        done.record()
+        tick.start()
         times.append(time.perf_counter())
         tick.read()
         times.append(time.perf_counter())
         names = ("host place", "host launch", "host wait and read")
-        host = {name: 1e3 * (b - a) for name, a, b in zip(names, times, times[1:], strict=False)}
-        return host | {"device upload": begin.elapsed_time(uploaded), "device graph": uploaded.elapsed_time(done)}
+        parts = {name: 1e3 * (b - a) for name, a, b in zip(names, times, times[1:], strict=False)}
+        device_ms = self.call_device_ms()
+        return parts if device_ms is None else parts | {"device whole": device_ms}
 
     def prepare(self) -> None:
         """See `Subject`."""

@@ -34,7 +34,7 @@ class BenchOptions:
         precision: of engines named without one. Default: bf16 on a GPU, fp32 on a CPU.
         plan: JSON file that says which products a quantised precision leaves in another format.
         device: auto, cpu, cuda, cuda:1, ...
-        batch: observations at once, 1 to 256; several give a run each.
+        batch: observations at once, 1 to 256; several give a run each, a profile of kernels takes one.
         calls: timed whole calls of each engine.
         stage_calls: timed ticks taken apart. Default: a fifth of the calls; for memory, 100 at each length; for
             kernels, 20 that are profiled.
@@ -114,7 +114,10 @@ class BenchOptions:
             return MemoryConfig(**common, prompt_lengths=self.prompt_lengths, repeats=repeats)
         if self.what == "kernels":
             repeats = 20 if self.stage_calls is None else self.stage_calls
-            return KernelsConfig(**common, repeats=repeats, trace=None if self.trace is None else str(self.trace))
+            if len(self.batch) != 1:
+                raise ValueError(f"a profile per kernel is of one batch size, got --batch {self.batch}")
+            trace = None if self.trace is None else str(self.trace)
+            return KernelsConfig(**common, batch=self.batch[0], repeats=repeats, trace=trace)
         return LatencyConfig(
             **common,
             peers=self.peer,
@@ -176,22 +179,28 @@ def latency_tables(results: dict[str, Any]) -> Iterator[Table]:
         stages = Table(
             "stage", "engine", "device ms", "least ms", "times", "TFLOP/s", "TB/s", title="against the floor"
         )
+        device = Table("device time within the call", "p50", "p90", "p99", "p99.9", "max", "p99/p50")
         for name, subject in run["subjects"].items():
             calls.add_row(name, *_call_cells(subject))
+            if "device_in_call" in subject:
+                within = subject["device_in_call"]
+                device.add_row(name, *_times(within), f"{within['p99_over_p50']:.3f}")
             for stage, row in subject.get("roofline", {}).items():
                 numbers = (row["measured_ms"], row["least_ms"], row["times_the_floor"], row["tflop_per_s"])
                 stages.add_row(stage, name, *(f"{value:.3g}" for value in (*numbers, row["tb_per_s"])))
         yield calls
-        if stages.row_count:
-            yield stages
+        yield from (table for table in (device, stages) if table.row_count)
 
 
 def _call_cells(subject: dict[str, Any]) -> tuple[str, ...]:
     call = subject["call"]
-    times = [f"{call[key]:.2f}" for key in ("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms")]
     device = [f"{subject[key]:.2f}" if key in subject else "" for key in ("device_ms", "outside_device_ms")]
     misses = f"{100 * call['deadline_miss_rate']:.1f} %"
-    return (*times, misses, *device, f"{call['samples_per_s']:.1f}")
+    return (*_times(call), misses, *device, f"{call['samples_per_s']:.1f}")
+
+
+def _times(found: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{found[key]:.2f}" for key in ("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"))
 
 
 def memory_tables(results: dict[str, Any]) -> Iterator[Table]:

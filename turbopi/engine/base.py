@@ -83,6 +83,17 @@ class TickEngine(DescribedEngine, Protocol):
         """Prepare for prompts of any length with `cameras` valid cameras, so that the first tick is like the next."""
 
 
+@runtime_checkable
+class TimedEngine(TickEngine, Protocol):
+    """An engine whose device can time whole ticks, without the host waiting for anything more."""
+
+    def time_calls(self) -> bool:
+        """From now on let the device time every `sample_actions`; whether it can."""
+
+    def call_ms(self) -> float:
+        """Device time of the latest, from before the first copy of its inputs to behind that of its actions."""
+
+
 def sample_actions(
     engine: Engine,
     input: ModelInput,  # noqa: A002

@@ -6,6 +6,7 @@ Every op writes into the buffers it is given and allocates nothing. Importing ne
 from ._fp8 import E4M3, E4M3_MAX, store_ref
 from .actions import action_in, action_in_ref, action_out, action_out_ref
 from .attention import attention, attention_ref, attention_split, attention_split_ref
+from .early_norm import early_norm, early_norm_obstacles
 from .embed import embed_tokens, embed_tokens_ref
 from .geglu import geglu, geglu_ref, gelu, gelu_ref
 from .geglu_linear import geglu_linear, geglu_linear_ref
@@ -23,6 +24,7 @@ from .rms_norm import rms_norm, rms_norm_ref
 from .rope import rotate_and_store, rotate_and_store_ref
 from .row_attention import row_attention, row_attention_ref
 from .row_products import row_geglu, row_geglu_ref, row_parts, row_parts_ref, row_qkv, row_qkv_ref
+from .row_step import row_step, row_step_ref, step_misfits
 from .row_sums import row_sum_norm, row_sum_norm_ref
 from .tiled_geglu import TiledGeglu, geglu_obstacles, tile_geglu, tiled_geglu, tiled_geglu_ref
 from .tiled_linear import LinearTiling, Norm, moments_of, tiled_linear, tiled_linear_obstacles, tiled_linear_ref
@@ -54,6 +56,8 @@ __all__ = [
     "attention_ref",
     "attention_split",
     "attention_split_ref",
+    "early_norm",
+    "early_norm_obstacles",
     "embed_tokens",
     "embed_tokens_ref",
     "gated_residual",
@@ -91,8 +95,11 @@ __all__ = [
     "row_parts_ref",
     "row_qkv",
     "row_qkv_ref",
+    "row_step",
+    "row_step_ref",
     "row_sum_norm",
     "row_sum_norm_ref",
+    "step_misfits",
     "store_ref",
     "tile_geglu",
     "tiled_geglu",

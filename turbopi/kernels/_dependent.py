@@ -20,13 +20,17 @@ LEAST_PIECE = 4096
 
 
 @triton.jit
-def after_the_last(DEPENDENT: tl.constexpr):
+def after_the_last(DEPENDENT: tl.constexpr, EARLY: tl.constexpr = False):
     """Wait until the kernel in front has finished and its results can be read, then let the next one start.
 
-    Not earlier: kernels two places ahead would take room from the next one.
+    EARLY: let it start before the wait. Only where that was measured: a kernel two places ahead takes room from the
+    next one.
     """
+    if DEPENDENT and EARLY:
+        nvidia.gdc_launch_dependents()
     if DEPENDENT:
         nvidia.gdc_wait()
+    if DEPENDENT and not EARLY:
         nvidia.gdc_launch_dependents()
 
 

@@ -22,14 +22,17 @@ from .denoise_fp8 import ScaledMatrix, pack_e4m3
 
 SOURCE = Path(__file__).with_name("denoise.cu")
 MAX_ROWS = 16
+MAX_INPUT = 16 * 4096
+"""Values of a product's input, in all rows: a thread holds all of its part of them in registers."""
 RMS_EPS = 1e-6
 WARPS = 8
 PAIR = 2
 """CTAs that share a tile of `out` and `down`, each over half of K."""
 GATE_TILES = 4
 CHUNK_BYTES = 16 << 10
-IN_FLIGHT = 1
-"""Chunks that a CTA asks memory for at once. More queue up, and what CTAs tell each other queues behind them."""
+IN_FLIGHT, IN_FLIGHT_FP8 = 1, 2
+"""Chunks that a CTA asks memory for at once. More queue up, and what CTAs tell each other queues behind them. In fp8 it
+asks while it computes, for two."""
 STATIC_BYTES = 1 << 10
 """Of shared memory, left for the kernel's own arrays."""
 GENERATIONS = 4
@@ -73,6 +76,8 @@ class Shape:
         found = [f"{name} {value} is not a multiple of {unit}" for name, (value, unit) in units.items() if value % unit]
         if not 1 <= rows <= MAX_ROWS:
             found.append(f"{rows} suffix rows are not 1 to {MAX_ROWS}")
+        if rows * max(heads * head_dim, mlp_dim) > MAX_INPUT:
+            found.append(f"{rows} rows of {max(heads * head_dim, mlp_dim)} are more than {MAX_INPUT} values")
         return found
 
 
@@ -177,8 +182,9 @@ class Plan:
     fp8: bool = False
 
     @staticmethod
-    def fit(shape: Shape, properties: Any, in_flight: int = IN_FLIGHT, fp8: bool = False) -> Plan:
+    def fit(shape: Shape, properties: Any, in_flight: int | None = None, fp8: bool = False) -> Plan:
         """The plan for a device. Raises ValueError where the device is too small."""
+        in_flight = in_flight or (IN_FLIGHT_FP8 if fp8 else IN_FLIGHT)
         most = properties.multi_processor_count // PAIR * PAIR
         splits = _power_of_two(min(most // shape.heads, shape.head_dim // 4, 16))
         heads = shape.heads + 2 * shape.kv_heads
@@ -238,7 +244,8 @@ class Plan:
         sums = WARPS // 2 * GATE_TILES * 16 * (columns + 8 - columns % 16) * 4
         scores = shape.rows * (shape.head_dim + 32) * 2 + columns * ((keys + 4) * 4 + (keys + 8) * 2)
         shares = self.splits * shape.rows * 4
-        parts = 2 * max(rows, cache, pieces), max(sums, scores, shares), 2 * 8 * columns * 4
+        hidden = GATE_TILES * 8 // (4 if self.fp8 else 2) * shape.rows * 4  # of a unit
+        parts = 2 * max(rows, cache, pieces), max(sums, scores, shares), 2 * 8 * columns * 4, hidden
         return sum(_up_to(128, part) for part in parts) + self.slots * CHUNK_BYTES + 1024
 
 
@@ -291,7 +298,9 @@ class DenoiseKernel:
         RuntimeError: the kernel does not compile here.
     """
 
-    def __init__(self, shape: Shape, layers: Sequence[Layer], device: torch.device, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self, shape: Shape, layers: Sequence[Layer], device: torch.device, in_flight: int | None = None
+    ) -> None:
         self.shape, self.device = shape, device
         fp8 = in_e4m3(layers)
         properties = torch.cuda.get_device_properties(device)

@@ -6,6 +6,7 @@ The same call as `attention`, and the same result; what this kernel does not run
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,16 +15,64 @@ from torch import Tensor
 
 from ._common import cdiv
 from ._fp8 import E4M3, check_inverse
-from ._wgmma import BARRIER_BYTES, GROUP, Box, box, sums, wgmma_obstacles
+from ._wgmma import BARRIER_BYTES, GROUP, SHARED_BYTES, Box, box, sums, wgmma_obstacles
 from .attention import LOG2_E, check_attention
 from .cuda_module import CudaModule, Launch
 from .tuning import PrefixAttentionConfig, tuned
 
 SOURCE = Path(__file__).with_name("prefix_attention.cu")
-TILE = 64
-"""Rows of a CTA: queries times heads. Keys of a block."""
+ROWS, TILE = 128, 64
+"""Rows of a cluster: queries times heads. Rows and dims of a copy."""
 HEAD_DIM = 256
-"""The only one that was tried; the source would take 64, 128 and 192 too."""
+"""The only one that was tried; the source would take 128 too."""
+WARPS = ROWS // 16
+QUERY_BYTES, STATS_BYTES = ROWS * HEAD_DIM * 2, 512
+"""Of a CTA in shared memory; of what it gets beside a warp's sums."""
+LEAST_KEYS, MOST_KEYS = 128, 208
+"""Of one of three CTAs, all at once: what it is sent takes the place of some; logits and weights fill registers."""
+MOST_OF_MANY = 128
+"""Keys at once beside sums that are kept."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """CTAs of a cluster, among which the keys are divided; keys at once; whether a CTA may have more than those."""
+
+    parts: int
+    keys: int
+    many: bool
+
+    @staticmethod
+    def fit(rows: int, batch: int, slots: int, multiprocessors: int) -> Tiling:
+        """For so many rows, and slots of keys, of each sample."""
+        clusters = batch * cdiv(rows, ROWS)
+        # Of its 132 multiprocessors an H200 has 39 clusters of three at once, and 66 of two.
+        if 44 * clusters <= 13 * multiprocessors and slots <= 3 * MOST_KEYS:
+            return Tiling(3, max(cdiv(cdiv(slots, 3), 16) * 16, LEAST_KEYS), False)
+        parts = 2 if 2 * clusters <= multiprocessors else 1
+        each = cdiv(slots, parts)
+        return Tiling(parts, cdiv(cdiv(each, cdiv(each, MOST_OF_MANY)), 16) * 16, True)
+
+    @property
+    def received(self) -> int:
+        """Warps' sums that a CTA gets from others, at most."""
+        return cdiv(WARPS, self.parts) * (self.parts - 1)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of the ring, with its barriers."""
+        return self.keys * TILE * 2 + BARRIER_BYTES
+
+    @property
+    def slots(self) -> int:
+        """Of the ring: an even number; without a next block, as many as can ever be waiting."""
+        room = SHARED_BYTES - QUERY_BYTES - self.received * STATS_BYTES - (1 + WARPS) * 8
+        return min(room // self.slot_bytes // 2 * 2, 12 if self.many else 6)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Queries, the ring, maxima and masses, barriers."""
+        return QUERY_BYTES + self.slots * self.slot_bytes + self.received * STATS_BYTES + (1 + WARPS) * 8
 
 
 class _Arguments(ctypes.Structure):
@@ -69,14 +118,18 @@ def prefix_attention_obstacles(
     return found if lengths is not None else [*found, "no lengths"]
 
 
-def definitions(head_dim: int, slots: int, e4m3: bool) -> dict[str, int | str]:
+def definitions(tiling: Tiling, columns: int, e4m3: bool) -> dict[str, int | str]:
     """For the compiler, operands of its wgmmas among them."""
-    logits, logit_operands, query = sums(TILE)
-    registers, operands, weight = sums(head_dim)
+    logits, logit_operands, query = sums(tiling.keys)
+    registers, operands, weight = sums(columns)
     weights = ", ".join(f"%{weight + i}" for i in range(4))
     return {
-        "D": head_dim,
-        "SLOTS": slots,
+        "D": HEAD_DIM,
+        "PARTS": tiling.parts,
+        "KEYS": tiling.keys,
+        "MANY": int(tiling.many),
+        "SLOTS": tiling.slots,
+        "COLUMNS": columns,
         "E4M3": int(e4m3),
         "LOGITS_REGISTERS": logits,
         "LOGITS_OPERANDS": logit_operands,
@@ -85,12 +138,13 @@ def definitions(head_dim: int, slots: int, e4m3: bool) -> dict[str, int | str]:
         "SUMS_REGISTERS": registers,
         "SUMS_OPERANDS": operands,
         "SUMS_INPUTS": f'"{{{weights}}}, %{weight + 4}"',
+        "SUMS_ADD": f'"%{weight + 5}"',
     }
 
 
 @cache
-def _module(head_dim: int, slots: int, e4m3: bool, device: torch.device) -> CudaModule:
-    return CudaModule(SOURCE, definitions(head_dim, slots, e4m3), device)
+def _module(tiling: Tiling, columns: int, e4m3: bool, device: torch.device) -> CudaModule:
+    return CudaModule(SOURCE, definitions(tiling, columns, e4m3), device)
 
 
 def prefix_attention(
@@ -103,20 +157,29 @@ def prefix_attention(
     scale: float = 1.0,
     config: PrefixAttentionConfig | None = None,
     inverse: float = 1.0,
+    tiling: Tiling | None = None,
 ) -> None:
     """As `attention`, whose twin is this one's too: q (B*N, H*d), keys and values (B, 1, slots, d), lengths (B,) int32.
 
-    Raises ValueError where shapes do not fit, and for what `prefix_attention_obstacles` names.
+    Raises ValueError where shapes do not fit, for a scale that is not positive, and for what
+    `prefix_attention_obstacles` names.
     """
     shape = check_attention(q, keys, values, lengths, out, rows_per_sample)
     check_inverse(out, inverse)
-    if found := prefix_attention_obstacles(q, keys, values, lengths, out):
+    found = prefix_attention_obstacles(q, keys, values, lengths, out)
+    if scale <= 0.0:
+        found.append(f"a scale of {scale}, expected a positive one")
+    if found:
         raise ValueError(f"the prefix attention cannot run: {'; '.join(found)}")
     assert lengths is not None
-    rows, head_dim = rows_per_sample * shape.heads, shape.head_dim
-    config = config or prefix_attention_config(q, rows, head_dim) or PrefixAttentionConfig()
-    module = _module(head_dim, config.slots, out.dtype == E4M3, q.device)
-    boxes = [box(module, t.view(-1, head_dim), TILE, TILE) for t in (q, keys, values)]
+    rows = rows_per_sample * shape.heads
+    multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    tiling = tiling or Tiling.fit(rows, shape.batch, shape.slots, multiprocessors)
+    config = config or prefix_attention_config(q, rows, HEAD_DIM) or PrefixAttentionConfig()
+    module = _module(tiling, config.columns, out.dtype == E4M3, q.device)
+    boxes = [
+        box(module, t.view(-1, HEAD_DIM), n, TILE) for t, n in ((q, TILE), (keys, tiling.keys), (values, tiling.keys))
+    ]
     arguments = _Arguments(*boxes, lengths.data_ptr(), out.data_ptr(), rows, shape.slots, scale * LOG2_E, inverse)
-    shared = (1 + config.slots) * TILE * head_dim * 2 + (config.slots + 1) * BARRIER_BYTES
-    module.launch("prefix_attention", arguments, Launch(shape.batch * cdiv(rows, TILE), 3 * GROUP, shared))
+    blocks = shape.batch * cdiv(rows, ROWS) * tiling.parts
+    module.launch("prefix_attention", arguments, Launch(blocks, 3 * GROUP, tiling.shared_bytes, tiling.parts))

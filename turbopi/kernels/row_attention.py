@@ -176,7 +176,7 @@ def row_attention(
     splits = check_partial(partial, partial_lse, shape)
     check_inverse(out, inverse)
     if config is None and not cluster.obstacles(q, keys, values, out):
-        cluster.launch(q, keys, values, lengths, out, shape, extra, state_token, ahead)
+        cluster.launch(q, keys, values, lengths, out, shape, extra, state_token, ahead, inverse)
         return
     if config is None and wgmma.runs(q, keys, splits):
         parts = (partial, partial_lse, rows_per_sample, extra, state_token, LOG2_E)

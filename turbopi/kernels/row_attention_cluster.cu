@@ -6,7 +6,7 @@
 //
 // Slots behind the valid keys may hold NaN: their logits are replaced, and their values made zeros in shared memory.
 //
-// Set in front of this file: D head size; PARTS, CTAs of a cluster.
+// Set in front of this file: D head size; PARTS, CTAs of a cluster; E4M3, whether the result is.
 
 #include "hopper.cuh"
 
@@ -36,12 +36,12 @@ struct Arguments {
   alignas(64) u64 keys[16];
   alignas(64) u64 values[16];
   const int* lengths;           // valid keys of each sample, without the suffix
-  char* out;                    // as the queries
+  char* out;                    // as the queries, or E4M3
   const char* ahead;            // to be brought into L2
   u64 ahead_bytes;
   int rows, slots, extra;       // of a sample: queries times heads; of its keys and values; the suffix's
   int token_rows;               // the first so many rows see one key behind the prefix's alone
-  float scale;                  // of the logits, times log2(e)
+  float scale, inverse;         // of the logits, times log2(e); of the result, if that is E4M3
 };
 
 // ---------------------------------------------------------------- products
@@ -232,8 +232,24 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// What was written to shared memory before is seen by the whole cluster behind it. An arrival that orders memory by itself
+// waits for all memory of the GPU, half a microsecond; compilers before CUDA 12.8 know no other.
+__device__ __forceinline__ void meet() {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;\nfence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// This CTA has read what it wants from the others. Nothing has to be seen behind it: they only must not end earlier.
+__device__ __forceinline__ void done_reading() {
+  __syncthreads();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_readers() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ u32 in(int rank, u32 address) {
   u32 there;
@@ -267,13 +283,18 @@ __device__ __forceinline__ void combine(const Arguments& p, const Place& at, con
     mass += found[i].y * weight;
     whole.x += sums[i].x * weight, whole.y += sums[i].y * weight, whole.z += sums[i].z * weight, whole.w += sums[i].w * weight;
   }
-  cluster_arrive();  // nothing is read from the others any more
+  done_reading();
   const float share = mass > 0.0f ? 1.0f / mass : 0.0f;
   if (at.row + row < p.rows) {
     const u64 to = ((u64)at.sample * p.rows + at.row + row) * D + dim;
+#if E4M3
+    const float factor = share * p.inverse;
+    *(u32*)(p.out + to) = narrow2_e4m3(whole.x * factor, whole.y * factor) | (u32)narrow2_e4m3(whole.z * factor, whole.w * factor) << 16;
+#else
     *(uint2*)(p.out + 2 * to) = {narrow2(whole.x * share, whole.y * share), narrow2(whole.z * share, whole.w * share)};
+#endif
   }
-  cluster_wait();
+  wait_for_readers();
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) row_attention_cluster(const __grid_constant__ Arguments p) {
@@ -299,7 +320,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) row_attention_cluste
   __syncwarp();
   if (warp == 0 && p.ahead_bytes) fetch_ahead(p);
   compute(p, at, small);
-  cluster_arrive();
-  cluster_wait();
+  meet();
   combine(p, at, small, rank);
 }

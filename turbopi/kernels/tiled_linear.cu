@@ -1,38 +1,23 @@
-// out = activation(norm(x) W^T + bias) + residual in bfloat16, by Hopper's warpgroup instructions: one tile a CTA, all at once.
+// out = activation(norm(x) W^T + bias) + residual by Hopper's warpgroup instructions: one tile a CTA, all at once. Operands
+// in bfloat16, or in E4M3 with a scale of each row of W; out in bfloat16, or from E4M3 in E4M3.
 //
 // For products that are over in ten microseconds, where too few and too large tiles are what takes the time. A tile is
-// TOKENS rows of x, 64 a warpgroup, by COLUMNS rows of W, any multiple of 8, so that there are nearly as many tiles as
-// multiprocessors. Where there would be too few, SPLITS CTAs of a cluster, as many as there are warpgroups in each, multiply
-// a part of K each; a warpgroup sends what it has summed up to the CTA that finishes its 64 rows, always in the same order.
-//
-// A warp produces: it copies blocks of 64 of K of both operands into a ring of SLOTS, rows of 128 bytes swizzled as wgmma
-// reads them. It fetches its first weights before the kernel in front has ended.
+// TOKENS rows of x by COLUMNS rows of W, any multiple of 8, so that there are nearly as many tiles as multiprocessors.
 //
 // x may be the stream in front of a LayerNorm: W (x - mean) * rstd is (W x - mean * sums of W's rows) * rstd, so the norm
 // happens behind the product. Its moments come from whoever made x, by tiles of columns: their sums, and the squared
-// distances from their own means, which add up to those of the row without cancellation.
+// distances from their own means, which add up to those of the row without cancellation. Not in E4M3: there x is normed
+// before it is rounded.
 //
-// Set in front of this file: K; N rows of W; GROUPS of 64 rows of x; COLUMNS; SLOTS; SPLITS; BIAS, RESIDUAL and GELU, 0 or
-// 1; NORMED, by how many tiles of moments x is to be normed, or 0; MOMENTS, whether those of out are wanted; REGISTERS,
-// OPERANDS and INPUTS, the lists of a wgmma.
+// Set in front of this file: K; N rows of W; E4M3, whether both operands are; GROUPS of 64 rows of x; COLUMNS; SLOTS; SPLITS;
+// BIAS, RESIDUAL and GELU, 0 or 1; NARROW, whether out is E4M3; NORMED, by how many tiles of moments x is to be normed, or 0;
+// MOMENTS, whether those of out are wanted; REGISTERS, OPERANDS and INPUTS, the lists of a wgmma.
 
-#include "hopper.cuh"
+#include "linear_tiles.cuh"
 
-__host__ __device__ constexpr int parts(int a, int part) { return (a + part - 1) / part; }
-
-constexpr int BLOCK = 64;  // of K
-constexpr int BLOCKS = parts(K, BLOCK);
-constexpr int ROW_BYTES = BLOCK * 2;
-constexpr int TOKENS = 64 * GROUPS, CONSUMERS = 128 * GROUPS;
-constexpr int TOKEN_BYTES = TOKENS * ROW_BYTES, SLOT_BYTES = TOKEN_BYTES + COLUMNS * ROW_BYTES;
-constexpr int BARRIERS_AT = SLOTS * SLOT_BYTES, VECTORS_AT = BARRIERS_AT + SLOTS * 16;
-constexpr int SENT_BYTES = 64 * COLUMNS * 4;  // of a warpgroup
-constexpr int RECEIVED_AT = VECTORS_AT + COLUMNS * 8, ARRIVED_AT = RECEIVED_AT + (SPLITS - 1) * SENT_BYTES;
-static_assert(K % 8 == 0 && N % 8 == 0 && COLUMNS % 8 == 0, "whole rows of 16 bytes");
-static_assert(BLOCKS >= SPLITS, "a block for each part");
-static_assert(SPLITS == 1 || SPLITS == GROUPS, "a group of rows for each CTA to finish");
 static_assert(!MOMENTS || N % COLUMNS == 0, "moments are of whole tiles");
-static_assert(!NORMED || (SPLITS == 1 && K % (NORMED ? NORMED : 1) == 0), "the norm is taken where sums are whole");
+static_assert(!NORMED || (!E4M3 && SPLITS == 1 && K % (NORMED ? NORMED : 1) == 0), "the norm is taken where sums are whole");
+static_assert(!NARROW || (E4M3 && !RESIDUAL && !MOMENTS), "a stream is not kept in E4M3");
 constexpr float EPSILON = 1e-6f;
 
 struct Arguments {
@@ -40,114 +25,13 @@ struct Arguments {
   alignas(64) u64 weights[16];
   const u16* bias;
   const u16* residual;
-  u16* out;
-  const float* weight_sums;    // of each row of W, if NORMED
+  char* out;
+  const float* factors;        // of each row of W: its sum, if NORMED; its scale, in E4M3
   const float2* moments_of_x;  // (rows, NORMED)
   float2* moments;             // (rows, N / COLUMNS)
   int rows, residual_stride, out_stride;
+  float inverse;  // of out, if NARROW
 };
-
-// ---------------------------------------------------------------- a cluster, and what it fetches
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return SPLITS > 1 ? rank : 0;
-}
-
-// Where `address` of this CTA is in CTA `rank` of the cluster.
-__device__ __forceinline__ u32 there(u32 address, u32 rank) {
-  u32 found;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
-  return found;
-}
-
-// All CTAs of the cluster are there, and what they wrote before they said so.
-__device__ __forceinline__ void say_here() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void all_here() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-struct Ring {
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ u32 data() const { return shared_address(memory) + slot * SLOT_BYTES; }
-  __device__ u32 filled() const { return shared_address(memory) + BARRIERS_AT + slot * 16; }
-  __device__ u32 emptied() const { return filled() + 8; }
-  __device__ void advance() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-};
-
-// The tile of this CTA, and its blocks [first, last) of K. Neighbouring clusters have the same columns.
-struct Work {
-  int token, column, split, first, last;
-
-  __device__ explicit Work(int rows) : split(cluster_rank()) {
-    const int tile = blockIdx.x / SPLITS, token_tiles = parts(rows, TOKENS);
-    token = tile % token_tiles * TOKENS, column = tile / token_tiles * COLUMNS;
-    first = BLOCKS * split / SPLITS, last = BLOCKS * (split + 1) / SPLITS;
-  }
-};
-
-__device__ __forceinline__ void produce(const Arguments& p, const Work& work) {
-  u64 once, again;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(again));
-  const auto fetch_weights = [&](const Ring& ring, int block) {
-    expect(ring.filled(), SLOT_BYTES);
-    copy_box(p.weights, ring.data() + TOKEN_BYTES, block * BLOCK, work.column, ring.filled(), once);
-  };
-  const auto fetch_tokens = [&](const Ring& ring, int block) {
-    copy_box(p.tokens, ring.data(), block * BLOCK, work.token, ring.filled(), again);
-  };
-  const int early = work.first + SLOTS < work.last ? work.first + SLOTS : work.last;
-  Ring ring;
-  for (int block = work.first; block < early; ++block) fetch_weights(ring, block), ring.advance();
-  after_the_last();
-  ring = Ring();
-  for (int block = work.first; block < early; ++block) fetch_tokens(ring, block), ring.advance();
-#pragma unroll 1
-  for (int block = early; block < work.last; ++block) {
-    wait(ring.emptied(), ring.parity ^ 1);
-    fetch_weights(ring, block);
-    fetch_tokens(ring, block);
-    ring.advance();
-  }
-}
-
-// ---------------------------------------------------------------- products
-
-// d (64 tokens, COLUMNS) += 16 of K. By a warpgroup; its registers are not ready before a wait.
-__device__ __forceinline__ void multiply(float (&d)[COLUMNS / 2], u64 tokens, u64 weights) {
-  asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n" TEXT(COLUMNS) "k16.f32.bf16.bf16 " REGISTERS ", " INPUTS ", add, 1, 1, 0, 0;\n}"
-               : OPERANDS
-               : "l"(tokens), "l"(weights));
-}
-
-__device__ __forceinline__ void sum_up(const Work& work, float (&d)[COLUMNS / 2]) {
-  const u32 group = threadIdx.x / 128;
-  Ring ring;
-  u32 last = 0;
-  written(d);  // or zeros would be moved in between the products, which then wait for each other
-#pragma unroll 1
-  for (int block = work.first; block < work.last; ++block) {
-    wait(ring.filled(), ring.parity);
-    const u64 tokens = descriptor(ring.data() + group * 64 * ROW_BYTES), weights = descriptor(ring.data() + TOKEN_BYTES);
-    fence();
-#pragma unroll
-    for (int step = 0; step < BLOCK / 16; ++step)
-      multiply(d, tokens + step * 2, weights + step * 2);
-    // The block before this one is done, and its slot free.
-    commit<1>();
-    if (block > work.first) release(last);
-    last = ring.emptied();
-    ring.advance();
-  }
-  // No commit: an empty one here makes the compiler let the products of the loop wait for each other.
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  written(d);  // not read before the wait
-}
 
 // ---------------------------------------------------------------- epilogue
 
@@ -162,6 +46,13 @@ __device__ __forceinline__ void gelu(float& a, float& b) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(under_a * under_b));
   a *= inverse * under_b, b *= inverse * under_a;
+}
+
+// The same for E4M3, by an instruction that is not exact enough for bfloat16, and times twice `half`.
+__device__ __forceinline__ float rough_gelu(float x, float half) {
+  float tanh;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(x * fmaf(x * x, 0.035677408f, 0.79788456f)));
+  return fmaf(x * half, tanh, x * half);
 }
 
 // Two bfloat16 are added to two numbers.
@@ -197,6 +88,13 @@ __device__ __forceinline__ float2 moments_of(const u32 (&pairs)[PAIRS]) {
 // d[4 j + 2 h + e] is row 8 h + g of this warp's 16, column 8 j + 2 t + e: lane = 4 g + t. Everything stays where it was
 // summed up; what is added is asked for before the first product.
 constexpr int EIGHTS = COLUMNS / 8, PIECES = parts(COLUMNS, CONSUMERS);
+constexpr bool SCALED = NORMED || E4M3;
+
+#if NARROW
+typedef char Out;
+#else
+typedef u16 Out;
+#endif
 
 struct Epilogue {
   int column, columns;  // this lane's first, and how many there are from there to N
@@ -206,7 +104,7 @@ struct Epilogue {
   float2 found[2][parts(NORMED, 4) + 1];  // moments of this lane's rows: of every fourth tile
   float scale[2], shift[2];               // by rstd, and -mean * rstd times a sum of weights
 
-  // Sums of weights and the bias, which no kernel writes, are asked for.
+  // Factors and the bias, which no kernel writes, are asked for.
   __device__ __forceinline__ Epilogue(const Arguments& p, const Work& work) {
     const int lane = threadIdx.x % 32;
     column = work.column + lane % 4 * 2, columns = N - column;
@@ -215,14 +113,14 @@ struct Epilogue {
     for (int i = 0; i < PIECES; ++i) {
       const int at = threadIdx.x + i * CONSUMERS;
       const u32 from = at < COLUMNS && work.column + at < N ? work.column + at : 0;
-      if (NORMED) vector[i].x = __ldg(p.weight_sums + from);
+      if (SCALED) vector[i].x = __ldg(p.factors + from);
       if (BIAS) vector[i].y = __uint_as_float((u32)__ldg(p.bias + from) << 16);
     }
   }
 
   // They came while products were summed up; a lane needs those of other lanes. By all that multiply.
   __device__ __forceinline__ void share() const {
-    if (!NORMED && !BIAS) return;
+    if (!SCALED && !BIAS) return;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i)
       if (threadIdx.x + i * CONSUMERS < COLUMNS) vectors()[threadIdx.x + i * CONSUMERS] = vector[i];
@@ -264,11 +162,20 @@ struct Epilogue {
     }
   }
 
-  __device__ __forceinline__ u32 finished(float first, float second, int j, int h) const {
-    if (NORMED || BIAS) {
+  // As bfloat16, or E4M3 in the lower half.
+  __device__ __forceinline__ u32 finished(float first, float second, int j, int h, float inverse) const {
+    if (SCALED || BIAS) {
       const float4 v = *(const float4*)(vectors() + 8 * j + threadIdx.x % 4 * 2);
-      first = NORMED ? fmaf(first, scale[h], fmaf(v.x, shift[h], v.y)) : first + v.y;
-      second = NORMED ? fmaf(second, scale[h], fmaf(v.z, shift[h], v.w)) : second + v.w;
+      if (NORMED) {
+        first = fmaf(first, scale[h], fmaf(v.x, shift[h], v.y)), second = fmaf(second, scale[h], fmaf(v.z, shift[h], v.w));
+      } else {
+        first = SCALED ? fmaf(first, v.x, v.y) : first + v.y, second = SCALED ? fmaf(second, v.z, v.w) : second + v.w;
+      }
+    }
+    if (NARROW) {
+      first = GELU ? rough_gelu(first, 0.5f * inverse) : first * inverse;
+      second = GELU ? rough_gelu(second, 0.5f * inverse) : second * inverse;
+      return narrow2_e4m3(first, second);
     }
     if (GELU) gelu(first, second);
     if (RESIDUAL) add_pair(first, second, residual[h][j]);
@@ -276,83 +183,75 @@ struct Epilogue {
   }
 };
 
-__device__ __forceinline__ void store_if(bool exists, u16* to, u32 pair) {
+// ---------------------------------------------------------------- stores
+
+__device__ __forceinline__ void store_if(bool exists, void* to, u32 pair) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((int)exists), "l"(to), "r"(pair)
                : "memory");
 }
 
-__device__ __forceinline__ void store_if(bool exists, u16* to, u32 pair, u32 next) {
+__device__ __forceinline__ void store_if(bool exists, void* to, u32 pair, u32 next) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3};\n}" ::"r"((int)exists), "l"(to),
                "r"(pair), "r"(next)
                : "memory");
 }
 
-// Lanes 2 i and 2 i + 1 exchange, so that each has four neighbours: the even one of eight columns, the odd one of the next.
+__device__ __forceinline__ u32 halves(u32 a, u32 b, u32 which) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
+  return d;
+}
+
+// E4M3, two in the lower half of each. The four lanes of a row exchange, so that each has one of four times eight columns.
+__device__ __forceinline__ void store_narrow(char* line, const u32 (&pairs)[EIGHTS], const Epilogue& e, int h) {
+  const int t = threadIdx.x % 4;
+  const bool odd = t % 2, high = t / 2;
+  line -= 2 * t;  // of the row's first lane
+#pragma unroll
+  for (int j = 0; j < EIGHTS; j += 4) {
+    u32 four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = j + i < EIGHTS ? pairs[j + i] : 0;
+    // Eights 0 and 2 for an even lane, 1 and 3 for an odd one.
+    const u32 mine = odd ? halves(four[1], four[3], 0x5410) : halves(four[0], four[2], 0x5410);
+    const u32 got = __shfl_xor_sync(~0u, odd ? halves(four[0], four[2], 0x5410) : halves(four[1], four[3], 0x5410), 1);
+    const u32 low = odd ? got : mine, above = odd ? mine : got;
+    // Of the first of its two eights, and of the second, four columns each.
+    const u32 first = halves(low, above, 0x5410), second = halves(low, above, 0x7632);
+    const u32 other = __shfl_xor_sync(~0u, high ? first : second, 2);
+    const int eight = j + odd + 2 * high;
+    const bool exists = 8 * h < e.rows && eight < EIGHTS && 8 * eight < e.columns;
+    store_if(exists, line + 8 * eight, high ? other : first, high ? second : other);
+  }
+}
+
 __device__ __forceinline__ void store(const Arguments& p, const Work& work, const Epilogue& e, const float (&d)[COLUMNS / 2]) {
-  const bool odd = threadIdx.x % 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    u16* const line = p.out + (u64)(e.row + 8 * h) * p.out_stride + e.column;
-    u32 pairs[EIGHTS];
+    Out* const line = (Out*)p.out + (u64)(e.row + 8 * h) * p.out_stride + e.column;
+    u32 row[EIGHTS];
 #pragma unroll
-    for (int j = 0; j < EIGHTS; ++j) pairs[j] = e.finished(d[4 * j + 2 * h], d[4 * j + 2 * h + 1], j, h);
+    for (int j = 0; j < EIGHTS; ++j) row[j] = e.finished(d[4 * j + 2 * h], d[4 * j + 2 * h + 1], j, h, p.inverse);
+#if NARROW
+    store_narrow(line, row, e, h);
+#else
+    // Lanes 2 i and 2 i + 1 exchange, so that each has four neighbours: the even one of eight columns, the odd one of the next.
+    const bool odd = threadIdx.x % 2;
 #pragma unroll
     for (int j = 0; j + 1 < EIGHTS; j += 2) {
-      const u32 got = __shfl_xor_sync(~0u, odd ? pairs[j] : pairs[j + 1], 1);
-      store_if(8 * h < e.rows && 8 * (j + odd) < e.columns, line + 8 * j + (odd ? 6 : 0), odd ? got : pairs[j],
-               odd ? pairs[j + 1] : got);
+      const u32 got = __shfl_xor_sync(~0u, odd ? row[j] : row[j + 1], 1);
+      store_if(8 * h < e.rows && 8 * (j + odd) < e.columns, line + 8 * j + (odd ? 6 : 0), odd ? got : row[j],
+               odd ? row[j + 1] : got);
     }
     if (EIGHTS % 2)
-      store_if(8 * h < e.rows && 8 * (EIGHTS - 1) < e.columns, line + 8 * (EIGHTS - 1), pairs[EIGHTS - 1]);
+      store_if(8 * h < e.rows && 8 * (EIGHTS - 1) < e.columns, line + 8 * (EIGHTS - 1), row[EIGHTS - 1]);
+#endif
     if (MOMENTS) {
-      const float2 found = moments_of<4>(pairs);
+      const float2 found = moments_of<4>(row);
       if (8 * h < e.rows && threadIdx.x % 4 == 0)
         p.moments[(u64)(e.row + 8 * h) * (N / COLUMNS) + work.column / COLUMNS] = found;
     }
   }
-}
-
-// ---------------------------------------------------------------- parts of K
-
-// Where this thread's sums lie among what CTA `receiver` gets from CTA `sender`: whole warps, 16 bytes a lane.
-__device__ __forceinline__ u32 received(int sender, int receiver) {
-  const int place = sender < receiver ? sender : sender - 1;
-  return shared_address(memory) + RECEIVED_AT + place * SENT_BYTES + threadIdx.x % 128 * 16;
-}
-
-// To the CTA that finishes this warpgroup's rows.
-__device__ __forceinline__ void send(const Work& work, const float (&d)[COLUMNS / 2]) {
-  const int group = threadIdx.x / 128;
-  const u32 to = there(received(work.split, group), group);
-#pragma unroll
-  for (int j = 0; j < EIGHTS; ++j)
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 2048), "f"(d[4 * j]), "f"(d[4 * j + 1]),
-                 "f"(d[4 * j + 2]), "f"(d[4 * j + 3])
-                 : "memory");
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                   there(shared_address(memory) + ARRIVED_AT, group))
-               : "memory");
-}
-
-__device__ __forceinline__ void add_received(const Work& work, float (&d)[COLUMNS / 2]) {
-  u32 done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-                 "selp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(memory) + ARRIVED_AT)
-                 : "memory");
-#pragma unroll
-  for (int sender = 0; sender < SPLITS - 1; ++sender)  // by place: all but this one
-#pragma unroll
-    for (int j = 0; j < EIGHTS; ++j) {
-      float4 more;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(more.x), "=f"(more.y), "=f"(more.z), "=f"(more.w)
-                   : "r"(received(sender, SPLITS) + j * 2048)
-                   : "memory");
-      d[4 * j] += more.x, d[4 * j + 1] += more.y, d[4 * j + 2] += more.z, d[4 * j + 3] += more.w;
-    }
 }
 
 __device__ __forceinline__ void consume(const Arguments& p, const Work& work) {
@@ -388,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) tiled_linear(con
   if (threadIdx.x < CONSUMERS) {
     consume(p, work);
   } else {
-    if (threadIdx.x == CONSUMERS) produce(p, work);
+    if (threadIdx.x == CONSUMERS) produce(p.tokens, p.weights, work);
     if (SPLITS > 1) all_here();
   }
 }

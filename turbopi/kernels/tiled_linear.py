@@ -1,7 +1,8 @@
-"""The linear layer in `tiled_linear.cu`: bfloat16, Hopper, some hundred rows, tiles that fill the GPU once.
+"""The linear layer in `tiled_linear.cu`: bfloat16 or E4M3, Hopper, some hundred rows, tiles that fill the GPU once.
 
-For GPUs of compute capability 9.0, whose warpgroup instructions no other has. A LayerNorm in front of it can be taken
-behind its sums, with moments of its rows that another product has left. What it is worth is in docs/vision-prefix.md.
+For GPUs of compute capability 9.0, whose warpgroup instructions no other has. In bfloat16 a LayerNorm in front of it
+can be taken behind its sums, with moments of its rows that another product has left. What it is worth is in
+docs/vision-prefix.md.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._common import aligned, cdiv, matrix, vector
+from ._common import aligned, cdiv, matrix, same_dtype, vector
+from ._fp8 import E4M3, check_inverse, store_ref
 from ._wgmma import BARRIER_BYTES, GROUP, SHARED_BYTES, Box, box, sums, wgmma_obstacles
 from .cuda_module import CudaModule, Launch
 
 Activation = Literal["none", "gelu"]
 SOURCE = Path(__file__).with_name("tiled_linear.cu")
 BLOCK = 64
-"""Of K, what a slot of the ring holds."""
+"""Of K, what a slot of the ring holds: 128 bytes. In E4M3 twice as much."""
 MOST_SLOTS = 8
 MOST_GROUPS = 4
 MOST_COLUMNS = 256
 VECTOR_BYTES = 8
-"""Of each column: its sum of weights and its bias."""
+"""Of each column: its sum of weights, or its scale, and its bias."""
 EPSILON = 1e-6
 """As in tiled_linear.cu."""
 
@@ -124,7 +126,7 @@ class LinearTiling:
 
 def tiled_linear_obstacles(*operands: Tensor) -> list[str]:
     """Why `tiled_linear` does not run on such matrices and vectors; empty if it does."""
-    dtype = next((t.dtype for t in operands if t.dtype != torch.bfloat16), torch.bfloat16)
+    dtype = next((t.dtype for t in operands if t.dtype not in (torch.bfloat16, E4M3)), torch.bfloat16)
     found = wgmma_obstacles(dtype, operands[0].device)
     if not aligned(*map(torch.atleast_2d, operands)):
         found.append("rows or addresses that are not multiples of 16 bytes")
@@ -132,12 +134,15 @@ def tiled_linear_obstacles(*operands: Tensor) -> list[str]:
 
 
 def tiling_obstacles(
-    tiling: LinearTiling, features: int, k: int, normed: int = 0, leaves_moments: bool = False
+    tiling: LinearTiling, features: int, k: int, normed: int = 0, leaves_moments: bool = False, e4m3: bool = False
 ) -> list[str]:
     """Why a weight (features, k) is not cut so; empty if it can be. `normed`: tiles of the moments of x."""
     found = []
-    if tiling.splits > cdiv(k, BLOCK):
-        found.append(f"{tiling.splits} parts of {cdiv(k, BLOCK)} blocks of K")
+    block = 2 * BLOCK if e4m3 else BLOCK
+    if tiling.splits > cdiv(k, block):
+        found.append(f"{tiling.splits} parts of {cdiv(k, block)} blocks of K")
+    if e4m3 and normed:
+        found.append("a norm behind sums of E4M3")
     if normed and (tiling.splits > 1 or k % normed):
         found.append(f"a norm by {normed} tiles of moments with K = {k} in {tiling.splits} parts")
     if leaves_moments and features % tiling.columns:
@@ -152,13 +157,13 @@ class _Arguments(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("residual", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("weight_sums", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
         ("moments_of_x", ctypes.c_void_p),
         ("moments", ctypes.c_void_p),
         ("rows", ctypes.c_int),
         ("residual_stride", ctypes.c_int),
         ("out_stride", ctypes.c_int),
-        ("up_to_64", ctypes.c_uint8 * 4),
+        ("inverse", ctypes.c_float),
     ]
 
 
@@ -170,6 +175,8 @@ class _Epilogue(NamedTuple):
     GELU: int
     NORMED: int
     MOMENTS: int
+    NARROW: int = 0
+    E4M3: int = 0
 
 
 @cache
@@ -196,6 +203,8 @@ def _check(
     residual: Tensor | None,
     norm: Norm | None,
     moments: Tensor | None,
+    scale: Tensor | None,
+    inverse: float,
 ) -> tuple[int, int, int, _Epilogue]:
     """Rows, features, K and the epilogue."""
     rows, k = matrix("x", x)
@@ -212,10 +221,24 @@ def _check(
         tiles = _moments("the norm's moments", norm.moments, rows)
     if moments is not None:
         _moments("moments", moments, rows, cdiv(features, tiling.columns))
-    if found := tiling_obstacles(tiling, features, k, tiles, moments is not None):
+    e4m3 = _check_e4m3(x, weight, out, scale, inverse)
+    if found := tiling_obstacles(tiling, features, k, tiles, moments is not None, e4m3):
         raise ValueError(f"the product cannot be cut like this: {'; '.join(found)}")
-    flags = (bias is not None, residual is not None, activation == "gelu", tiles, moments is not None)
-    return rows, features, k, _Epilogue(*map(int, flags))
+    if out.dtype == E4M3 and (residual is not None or moments is not None):
+        raise ValueError(f"a stream is not kept in {E4M3}: out has a residual or leaves moments")
+    given = (bias is not None, residual is not None, activation == "gelu", tiles, moments is not None)
+    return rows, features, k, _Epilogue(*map(int, (*given, out.dtype == E4M3, e4m3)))
+
+
+def _check_e4m3(x: Tensor, weight: Tensor, out: Tensor, scale: Tensor | None, inverse: float) -> bool:
+    """Whether the operands are in E4M3, with what belongs to that."""
+    same_dtype("x", x, "weight", weight)
+    e4m3 = x.dtype == E4M3
+    vector("scale", scale, len(weight))
+    if e4m3 != (scale is not None) or (out.dtype == E4M3 and not e4m3):
+        raise ValueError(f"a scale, and out in {E4M3}, belong to operands in {E4M3} and to no others, x is {x.dtype}")
+    check_inverse(out, inverse)
+    return e4m3
 
 
 def moments_of(x: Tensor, tiles: int) -> Tensor:
@@ -243,10 +266,14 @@ def tiled_linear_ref(
     residual: Tensor | None = None,
     norm: Norm | None = None,
     moments: Tensor | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
     """Twin of `tiled_linear`, anywhere and in any dtype. Of the tiling only the columns of moments matter."""
-    _check(x, weight, out, tiling, bias, activation, residual, norm, moments)
+    _check(x, weight, out, tiling, bias, activation, residual, norm, moments, scale, inverse)
     y = F.linear(x.float(), weight.float())
+    if scale is not None:
+        y = y * scale
     if norm is not None:
         mean, rstd = _mean_and_rstd(norm.moments, x.shape[1])
         y = (y - mean * norm.sums) * rstd
@@ -254,7 +281,7 @@ def tiled_linear_ref(
         y = y + bias.float()
     if activation == "gelu":
         y = F.gelu(y, approximate="tanh")
-    out.copy_(y if residual is None else y + residual.float())
+    store_ref(y if residual is None else y + residual.float(), out, inverse)
     if moments is not None:
         moments.copy_(moments_of(out, moments.shape[1]))
 
@@ -269,22 +296,30 @@ def tiled_linear(
     residual: Tensor | None = None,
     norm: Norm | None = None,
     moments: Tensor | None = None,
+    scale: Tensor | None = None,
+    inverse: float = 1.0,
 ) -> None:
-    """out (M,N) = activation(norm(x (M,K)) · weight (N,K)ᵀ + bias (N,)) + residual (M,N), in float32 up to there.
+    """out (M,N) = activation(norm(x (M,K)) · weight (N,K)ᵀ * scale + bias (N,)) + residual (M,N), float32 up to there.
 
     All bfloat16, rounded once, with the same bits each time; `residual` may be `out`. `moments` (M,N/columns,2) float32
-    is left of the new out, for the `Norm` of who reads it. The first call with a shape compiles. It is launched before
-    the kernel in front has ended, and reads `weight`, `bias` and `norm.sums` at once, which nothing right in front may
-    write. Raises ValueError where shapes do not fit, and for what the two `_obstacles` name.
+    is left of the new out, for the `Norm` of who reads it. x and weight may be in E4M3, with `scale` (N,) float32 and
+    no norm; then out may be in E4M3 too, times `inverse` and saturated, where it is no stream.
+
+    The first call with a shape compiles. It is launched before the kernel in front has ended, and reads `weight`,
+    `bias`, `scale` and `norm.sums` at once, which nothing right in front may write. Raises ValueError where shapes do
+    not fit, and for what the two `_obstacles` name.
     """
-    rows, features, k, epilogue = _check(x, weight, out, tiling, bias, activation, residual, norm, moments)
-    found = tiled_linear_obstacles(*(t for t in (x, weight, out, bias, residual) if t is not None))
-    if found:
-        raise ValueError(f"the tiled product cannot run: {'; '.join(found)}")
+    found = _check(x, weight, out, tiling, bias, activation, residual, norm, moments, scale, inverse)
+    rows, features, k, epilogue = found
+    obstacles = tiled_linear_obstacles(*(t for t in (x, weight, out, bias, residual) if t is not None))
+    if obstacles:
+        raise ValueError(f"the tiled product cannot run: {'; '.join(obstacles)}")
     module = _module(features, k, tiling, epilogue, x.device)
-    boxes = box(module, x, tiling.tokens, BLOCK), box(module, weight, tiling.columns, BLOCK)
-    tensors = (bias, residual, out, *(norm or (None, None)), moments)
+    block = BLOCK * 2 // x.itemsize
+    boxes = box(module, x, tiling.tokens, block), box(module, weight, tiling.columns, block)
+    sums, moments_of_x = norm or (scale, None)
+    tensors = (bias, residual, out, sums, moments_of_x, moments)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     sizes = (rows, 0 if residual is None else residual.stride(0), out.stride(0))
     launch = Launch(tiling.ctas(rows, features), tiling.threads, tiling.shared_bytes, tiling.splits, dependent=True)
-    module.launch("tiled_linear", _Arguments(*boxes, *addresses, *sizes), launch)
+    module.launch("tiled_linear", _Arguments(*boxes, *addresses, *sizes, inverse), launch)

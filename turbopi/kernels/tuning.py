@@ -74,15 +74,13 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class PrefixAttentionConfig:
-    """Of `prefix_attention`: slots of its ring, each with 64 keys or 64 values. Named for GPUs where it wins."""
+    """Of `prefix_attention`: dims of the values that are multiplied at once. Named for GPUs where it wins."""
 
-    slots: int = 6
+    columns: int = 64
 
     def __post_init__(self) -> None:
-        if not 4 <= self.slots <= 6:
-            raise ValueError(
-                f"slots is {self.slots}, expected 4 to 6: less than two blocks, or more than shared memory"
-            )
+        if self.columns not in (64, 128):
+            raise ValueError(f"columns is {self.columns}, expected 64 or 128")
 
 
 Config = TypeVar("Config", GemmConfig, AttentionConfig, PrefixAttentionConfig)

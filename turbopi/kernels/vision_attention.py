@@ -28,6 +28,8 @@ ROWS_PER_IMAGE = 256
 """Whose logits a warpgroup holds at once: of 224 by 224 pixels in patches of 14."""
 SHARED_BYTES = 64 * 128 + 2 * ROWS_PER_IMAGE * HEAD_DIM * 2 + 3 * 8
 """As vision_attention.cu lays it out: queries without their last dims, keys, values, barriers."""
+ALONE_BYTES = 115 << 10
+"""Of which no multiprocessor has twice as many."""
 
 
 class _Arguments(ctypes.Structure):
@@ -98,7 +100,9 @@ def _module(heads: int, e4m3: bool, device: torch.device) -> CudaModule:
     return CudaModule(SOURCE, definitions(heads, e4m3), device)
 
 
-def vision_attention_ref(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> None:
+def vision_attention_ref(
+    qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0, early: bool = False
+) -> None:
     """Twin of `vision_attention`, anywhere and for any sizes."""
     images, head_dim = _check(qkv, out, heads, rows_per_image)
     q, k, v = qkv.float().view(images, rows_per_image, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
@@ -106,10 +110,13 @@ def vision_attention_ref(qkv: Tensor, out: Tensor, heads: int, rows_per_image: i
     store_ref(attended.transpose(1, 2).reshape(out.shape), out, inverse)
 
 
-def vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> None:
+def vision_attention(
+    qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0, early: bool = False
+) -> None:
     """qkv (n·S,3·W): q, k, v one after the other, q scaled by head_dim^-0.5 -> out (n·S,W), softmax in float32.
 
-    Rows of an image see those of the same image. `out` in E4M3 holds the result times `inverse`, saturated.
+    Rows of an image see those of the same image. `out` in E4M3 holds the result times `inverse`, saturated. `early`: it
+    is launched before the kernel in front has ended, one CTA a multiprocessor, or they would crowd where room is first.
     Raises ValueError where shapes do not fit, and for what `vision_attention_obstacles` names.
     """
     images, _ = _check(qkv, out, heads, rows_per_image)
@@ -119,5 +126,6 @@ def vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, 
     module = _module(heads, out.dtype == E4M3, qkv.device)
     addresses = [t.data_ptr() for t in (qkv, out)]
     sizes = (qkv.stride(0), out.stride(0))
-    launch = Launch(images * heads * (rows_per_image // TILE), GROUP, SHARED_BYTES)
+    blocks = images * heads * (rows_per_image // TILE)
+    launch = Launch(blocks, GROUP, ALONE_BYTES if early else SHARED_BYTES, dependent=early)
     module.launch("vision_attention", _Arguments(box(module, qkv, TILE, TILE), *addresses, *sizes, inverse), launch)

@@ -65,6 +65,13 @@ def _latency(results: dict[str, Any]) -> Iterator[str]:
             ("", "p50", "p90", "p99", "p99.9", "max", "p99/p50", "missed", "samples/s", "warm-up", "first call"),
             [(name, *_call_cells(subject)) for name, subject in subjects.items()],
         )
+        within = {name: s["device_in_call"] for name, s in subjects.items() if "device_in_call" in s}
+        if within:
+            yield heading("Device time within these calls", "from before the first copy to behind the last one")
+            yield table(
+                ("", "calls", "p50", "p90", "p99", "p99.9", "max", "p99/p50"),
+                [(name, str(d["count"]), *_times(d), f"{d['p99_over_p50']:.3f}") for name, d in within.items()],
+            )
         yield heading(
             "The call's parts", "medians, as far as each engine lets them be told apart; device parts overlap"
         )
@@ -99,10 +106,13 @@ def _latency(results: dict[str, Any]) -> Iterator[str]:
 
 def _call_cells(subject: dict[str, Any]) -> tuple[str, ...]:
     call = subject["call"]
-    times = (f"{call[key]:.3f}" for key in ("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"))
     missed = f"{100 * call['deadline_miss_rate']:.2f} % of {call['deadline_hz']:g} Hz"
     rest = (f"{call['p99_over_p50']:.3f}", missed, f"{call['samples_per_s']:.1f}")
-    return (*times, *rest, *(f"{subject[key]:.1f} s" for key in ("warm_up_s", "first_call_s")))
+    return (*_times(call), *rest, *(f"{subject[key]:.1f} s" for key in ("warm_up_s", "first_call_s")))
+
+
+def _times(found: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{found[key]:.3f}" for key in ("median_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"))
 
 
 def _parts(subject: dict[str, Any]) -> list[tuple[str, float]]:

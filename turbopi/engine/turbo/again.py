@@ -26,7 +26,7 @@ from .denoise import DenoiseLoop, note_finite
 from .graphs import GraphSet
 
 if TYPE_CHECKING:
-    from .engine import Tick
+    from .tick import Tick
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Again:
         placed = self._placed.get(batch)
         if placed is None or placed.generation != self._generations.get(batch):
             raise RuntimeError(f"the latest computation for a batch of {batch} was not a whole tick; run one first")
-        return hand_out(placed.buffers, placed.lengths, placed.generation)
+        return hand_out(self._arena(batch), placed.buffers, placed.lengths, placed.generation)
 
     @torch.no_grad()
     def sample_again(self: Host, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:

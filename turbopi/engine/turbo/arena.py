@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from .buffers import (
 )
 from .weights import TurboWeights
 
+Layers = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -35,16 +38,20 @@ class Request:
     Attributes:
         device: what the kernels read.
         host: the same tensors in pinned memory.
+        arrays: those of the host by name: torch would wake all its threads for 150 KB, which takes longer.
         size: bytes that both take.
     """
 
     device: RequestBuffers
     host: RequestBuffers
+    arrays: dict[str, np.ndarray]
     size: int
 
 
 class Arena:
     """Buffers of all buckets of one batch size, as the weights want them. They overlap: one bucket at a time.
+
+    `outcome` is what `fetch` brings to the host: the actions one after the other, then 1.0 if all of them are finite.
 
     Raises torch.OutOfMemoryError where the device has not enough memory.
     """
@@ -55,6 +62,7 @@ class Arena:
         self.dtype, self.vision_dtype, self.device = weights.dtype, weights.vision_dtype, device
         self.fp8, self.tiled = weights.has_fp8, not weights.untiled
         self._buffers: dict[Bucket, Buffers] = {}
+        self._cut: dict[tuple[Bucket, int], tuple[Layers, Layers]] = {}
         self._requests: dict[tuple[Bucket, torch.dtype], Request] = {}
         self._flat: dict[str, Tensor] = {}
         largest = Bucket(batch, config.cameras, config.max_tokens)
@@ -63,7 +71,8 @@ class Arena:
         self._staging = Blob(request, torch.device("cpu"), pinned=device.type == "cuda")
         actions = batch * config.horizon * config.action_dim
         self._outcome = torch.zeros(actions + 1, device=device)
-        self.host_outcome = torch.zeros(actions + 1, pin_memory=device.type == "cuda")
+        self._host_outcome = torch.zeros(actions + 1, pin_memory=device.type == "cuda")
+        self.outcome = self._host_outcome.numpy()
         self.buffers(largest)
 
     def buffers(self, bucket: Bucket) -> Buffers:
@@ -79,12 +88,25 @@ class Arena:
             specs = request_specs(self.config, bucket, image_dtype)
             device, size = self._request.lay(specs)
             host, _ = self._staging.lay(specs)
-            self._requests[key] = Request(RequestBuffers(**device), RequestBuffers(**host), size)
+            arrays = {name: tensor.numpy() for name, tensor in host.items()}
+            self._requests[key] = Request(RequestBuffers(**device), RequestBuffers(**host), arrays, size)
         return self._requests[key]
+
+    def cut(self, buffers: Buffers, rows: int) -> tuple[Layers, Layers]:
+        """The first rows of a bucket's keys and values, layer by layer; made once, since a tick has better to do."""
+        key = buffers.bucket, rows
+        if key not in self._cut:
+            keys, values = buffers.prefill.keys, buffers.prefill.values
+            self._cut[key] = keys[:, :, :, :rows].unbind(), values[:, :, :, :rows].unbind()
+        return self._cut[key]
 
     def upload(self, request: Request) -> None:
         """Start one copy of everything that the host wrote."""
         self._request.bytes[: request.size].copy_(self._staging.bytes[: request.size], non_blocking=True)
+
+    def fetch(self) -> None:
+        """Start the copy of the actions, and of whether they are finite, to `outcome`."""
+        self._host_outcome.copy_(self._outcome, non_blocking=True)
 
     def _view(self, name: str, spec: Spec) -> Tensor:
         """The first elements of a storage; the largest bucket, laid out first, makes it."""

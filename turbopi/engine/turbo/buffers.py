@@ -25,7 +25,7 @@ QUERY_ROWS = 64
 """Rows of a program of the split attention, at most."""
 MULTIPROCESSORS = 128
 MOST_SPLITS = 16
-MOST_FUSED_ROWS = 64
+MOST_FUSED_ROWS = 128
 """Suffix rows that `FusedLoop` takes at most."""
 MOST_TILED_ROWS = 1024
 """Of images that `encode_tiled` takes at most."""
@@ -116,8 +116,9 @@ class DenoiseBuffers:
     """B·N rows of the suffix.
 
     `x_t` (B·H,action_dim) float32 starts as the noise and ends as the actions. `mixed`, `projected` (B·H,width) and
-    `state_token` (B,width) are float32 and only π0's. `partial` and `partial_lse` belong to the split attention,
-    `parts` to the split products of `FusedLoop`. `_fp8` as in `VisionBuffers`.
+    `state_token` (B,width) are float32 and only π0's. `ends` (B,) int32 is where each sample's keys end, for
+    `ManyRowsLoop`; `partial` and `partial_lse` belong to the split attention, `parts` to the split products of
+    `FusedLoop`. `_fp8` as in `VisionBuffers`.
     """
 
     x_t: Tensor
@@ -132,6 +133,7 @@ class DenoiseBuffers:
     mixed: Tensor
     projected: Tensor
     state_token: Tensor
+    ends: Tensor
     partial: Tensor
     partial_lse: Tensor
     parts: Tensor
@@ -264,6 +266,7 @@ def denoise_specs(config: ModelConfig, bucket: Bucket, dtype: torch.dtype, fp8: 
         "mixed": ((actions, expert.width), torch.float32),
         "projected": ((actions, expert.width), torch.float32),
         "state_token": ((bucket.batch, expert.width), torch.float32),
+        "ends": ((bucket.batch,), torch.int32),
         "partial": ((splits, rows * expert.heads, expert.head_dim), torch.float32),
         "partial_lse": ((splits, rows * expert.heads), torch.float32),
         "parts": ((PRODUCT_PARTS, rows if rows <= MOST_FUSED_ROWS else 0, expert.width), torch.float32),

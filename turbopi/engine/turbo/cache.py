@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...model import PrefixCache
+from .arena import Arena
 from .buffers import Buffers
 
 
@@ -35,16 +36,16 @@ class TurboCache(PrefixCache):
         return self.lengths is self.original
 
 
-def hand_out(buffers: Buffers, lengths: np.ndarray, generation: int) -> TurboCache:
-    """The cache that `buffers` hold; lengths (B,) int32."""
-    keys, values = buffers.prefill.keys, buffers.prefill.values
-    longest = int(lengths.max())
-    on_device = torch.from_numpy(lengths.astype(np.int64)).to(keys.device)
-    valid = None
-    if int(lengths.min()) < longest:
-        valid = torch.arange(longest, device=keys.device) < on_device[:, None]
-    cut = [tensor[:, :, :, :longest].unbind() for tensor in (keys, values)]
-    return TurboCache(cut[0], cut[1], on_device, valid, buffers, generation, on_device)
+def hand_out(arena: Arena, buffers: Buffers, lengths: np.ndarray, generation: int) -> TurboCache:
+    """The cache that `buffers` of `arena` hold; lengths (B,) int32."""
+    device, longest, valid = arena.device, int(lengths.max()), None
+    if int(lengths.min()) == longest:
+        # Filled on the device: a copy of pageable memory would be waited for.
+        on_device = torch.full(lengths.shape, longest, dtype=torch.int64, device=device)
+    else:
+        on_device = torch.from_numpy(lengths.astype(np.int64)).to(device)
+        valid = torch.arange(longest, device=device) < on_device[:, None]
+    return TurboCache(*arena.cut(buffers, longest), on_device, valid, buffers, generation, on_device)
 
 
 def check_foreign(cache: PrefixCache) -> None:

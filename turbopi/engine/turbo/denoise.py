@@ -18,7 +18,7 @@ from ..integrate import EulerStep
 from .buffers import Buffers, DenoiseBuffers, RequestBuffers
 from .graphs import ieee_float32
 from .ops import Ops
-from .products import Product, multiply, multiply_geglu, target
+from .products import Product, Target, multiply, multiply_geglu, target
 from .weights import TurboWeights
 
 Steps = int | EulerStep
@@ -53,7 +53,7 @@ class Schedules:
     def __call__(self, steps: Steps) -> Schedule:
         """The schedule of `steps`; raises ValueError if that is less than 1."""
         if steps not in self._made:
-            with ieee_float32():
+            with ieee_float32(), torch.no_grad():
                 if isinstance(steps, EulerStep):
                     self._made[steps] = fold_times(self._model, [steps.time], steps.delta)
                 else:
@@ -84,11 +84,21 @@ class RowsLoop:
         if state is not None:
             torch.addmm(state.state.bias, request.state, state.state.weight.t(), out=b.state_token)
         for step in range(schedule.steps):
-            self._suffix(schedule, step, state, b)
-            modulation = None if schedule.modulation is None else schedule.modulation[step]
-            self._tower(modulation, request, buffers)
-            out = schedule.action_out
-            self._ops.action_out(b.normed, out.weight, out.bias, b.x_t, self._config.horizon)
+            self._begin(schedule, step, b)
+            self._tower(modulation_of(schedule, step), request, buffers)
+            self._end(schedule, step, b)
+
+    def _begin(self, schedule: Schedule, step: int, b: DenoiseBuffers) -> None:
+        """x_t to the stream and, normed, to the first layer."""
+        self._suffix(schedule, step, self._weights.expert.state, b)
+        scale, shift, _ = norm_of(modulation_of(schedule, step), 0)
+        normed = target(self._weights.expert.blocks[0].qkv, b.normed, b.normed_fp8)
+        self._ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
+
+    def _end(self, schedule: Schedule, step: int, b: DenoiseBuffers) -> None:
+        """One Euler step of x_t."""
+        out = schedule.action_out
+        self._ops.action_out(b.normed, out.weight, out.bias, b.x_t, self._config.horizon)
 
     def _suffix(self, schedule: Schedule, step: int, state: FoldedState | None, b: DenoiseBuffers) -> None:
         """x_t to suffix rows. For π0 the state token comes first, and actions pass the rest of the action-time MLP."""
@@ -103,48 +113,60 @@ class RowsLoop:
         by_sample[:, 1:].copy_(b.projected.view(len(b.state_token), horizon, -1))
 
     def _tower(self, modulation: Tensor | None, request: RequestBuffers, buffers: Buffers) -> None:
-        """b.x through the layers and the final norm into b.normed; modulation (2·depth+1, 3, width) or None."""
+        """b.x, its norm made, through layers and final norm into b.normed; modulation (2·depth+1, 3, width) or None."""
         b, cache, ops, weights = buffers.denoise, buffers.prefill, self._ops, self._weights
-        suffix, state_token = self._config.suffix_tokens, self._config.kind == "pi0"
+        tables, suffix = (weights.cos, weights.sin, request.lengths), self._config.suffix_tokens
         blocks = weights.expert.blocks
         readers: list[Product | None] = [*(block.qkv for block in blocks), None]
-        scale, shift, gate = norm_of(modulation, 0)
+        _, _, gate = norm_of(modulation, 0)
         normed = target(readers[0], b.normed, b.normed_fp8)
-        ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
         for layer, block in enumerate(blocks):
-            keys, values, lengths = cache.keys[layer], cache.values[layer], request.lengths
             multiply(ops, normed.tensor, block.qkv, b.qkv)
-            ops.rotate_and_store(b.qkv, weights.cos, weights.sin, lengths, b.q, keys, values, suffix)
+            ops.rotate_and_store(b.qkv, *tables, b.q, cache.keys[layer], cache.values[layer], suffix)
             attended = target(block.out, b.attended, b.attended_fp8)
-            ops.attention_split(
-                b.q,
-                keys,
-                values,
-                lengths,
-                attended.tensor,
-                suffix,
-                b.partial,
-                b.partial_lse,
-                extra=suffix,
-                state_token=state_token,
-                inverse=attended.inverse,
-            )
+            self._attention(layer, request, buffers, attended)
             multiply(ops, attended.tensor, block.out, b.update)
             normed = target(block.gate_up, b.normed, b.normed_fp8)
             scale, shift, next_gate = norm_of(modulation, 2 * layer + 1)
             ops.gated_residual_norm(b.x, b.update, gate, scale, shift, normed.tensor, inverse=normed.inverse)
             hidden = target(block.down, b.hidden, b.hidden_fp8)
-            multiply_geglu(ops, normed.tensor, block.gate_up, b.gate_up, hidden)
+            self._hidden(layer, normed.tensor, b, hidden)
             multiply(ops, hidden.tensor, block.down, b.update)
             normed = target(readers[layer + 1], b.normed, b.normed_fp8)
             scale, shift, gate = norm_of(modulation, 2 * layer + 2)
             ops.gated_residual_norm(b.x, b.update, next_gate, scale, shift, normed.tensor, inverse=normed.inverse)
+
+    def _attention(self, layer: int, request: RequestBuffers, buffers: Buffers, into: Target) -> None:
+        """Of b.q over the prefix's keys and those of the suffix behind them."""
+        b, cache, suffix = buffers.denoise, buffers.prefill, self._config.suffix_tokens
+        self._ops.attention_split(
+            b.q,
+            cache.keys[layer],
+            cache.values[layer],
+            request.lengths,
+            into.tensor,
+            suffix,
+            b.partial,
+            b.partial_lse,
+            extra=suffix,
+            state_token=self._config.kind == "pi0",
+            inverse=into.inverse,
+        )
+
+    def _hidden(self, layer: int, x: Tensor, b: DenoiseBuffers, into: Target) -> None:
+        """Gate and up, with GeGLU."""
+        multiply_geglu(self._ops, x, self._weights.expert.blocks[layer].gate_up, b.gate_up, into)
 
 
 def note_finite(buffers: Buffers) -> None:
     """buffers.finite: 1.0 where all of x_t is finite, else 0.0. Two launches; `isfinite` and `all` make seven."""
     largest = torch.linalg.vector_norm(buffers.denoise.x_t, math.inf)
     torch.lt(largest, math.inf, out=buffers.finite.view(()))
+
+
+def modulation_of(schedule: Schedule, step: int) -> Tensor | None:
+    """All norms' of one step, (2·depth+1, 3, width) float32, or None where there are none."""
+    return None if schedule.modulation is None else schedule.modulation[step]
 
 
 def norm_of(modulation: Tensor | None, index: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...errors import NonFiniteActionsError
 from ...model import ModelInput, Pi0, PrefixCache
-from ...model.inputs import check_noise
 from ...quant import Quantisation
 from ...quant.fp8 import fp8_details
-from ..base import STAGES, Precision, register_engine
+from ..base import Precision, register_engine
 from ..capture import CudaGraphRecorder, Recorder
 from .again import Again, Placed, SteeringBuffers
 from .arena import Arena, Request
@@ -32,6 +28,7 @@ from .graphs import GraphSet, ieee_float32
 from .loops import LoopName, make_loop, told
 from .ops import Ops, triton_ops
 from .prefill import attention_obstacles, prefill
+from .tick import CallClock, Tick, check_request_noise, write_request
 from .tiled_vision import VisionStage
 from .weights import fold_model
 
@@ -89,6 +86,7 @@ class TurboEngine(Again):
         self._placed: dict[int, Placed] = {}
         self._steering: dict[int, SteeringBuffers] = {}
         self._first_loop: LoopName = "persistent"
+        self._clock: CallClock | None = None
 
     def observed(self, wrap: Callable[[Ops], Ops]) -> TurboEngine:
         """An engine over the same weights that launches `wrap(ops)` one by one: for audits.
@@ -106,7 +104,14 @@ class TurboEngine(Again):
         """
         other = copy.copy(self)
         other._graphs, other._first_loop = GraphSet(recorder), first_loop or self._first_loop
+        other._clock = None
         other._loops, other._arenas, other._generations, other._placed, other._steering = {}, {}, {}, {}, {}
+        return other
+
+    def beside(self, ops: Ops, recorder: Recorder | None) -> TurboEngine:
+        """An engine over the same weights and buffers: each takes up what the other has left in them."""
+        other = copy.copy(self)
+        other._ops, other._graphs, other._loops = ops, GraphSet(recorder), {}
         return other
 
     # Parts that are made once
@@ -127,7 +132,8 @@ class TurboEngine(Again):
         """Which loop runs a batch. A fixed rule, told by `describe`: what one loop cannot run is never tried on it."""
         if batch not in self._loops:
             parts = self.config, self._weights, self._ops, self._schedules
-            self._loops[batch] = make_loop(*parts, batch, self._first_loop)
+            with torch.no_grad():
+                self._loops[batch] = make_loop(*parts, batch, self._first_loop)
         return self._loops[batch]
 
     def _next_generation(self, batch: int) -> int:
@@ -152,8 +158,16 @@ class TurboEngine(Again):
         self._prefill(request, buffers)
         self._denoise(request, buffers, steps)
 
+    def _call(self, request: Request, buffers: Buffers, steps: int) -> None:
+        """A tick from pinned memory to pinned memory, so that a call starts one thing and waits for it."""
+        arena = self._arena(buffers.bucket.batch)
+        with self._clock.running() if self._clock is not None else nullcontext():
+            arena.upload(request)
+            self._tick(request.device, buffers, steps)
+            arena.fetch()
+
     def _work(self, stage: str, request: Request, buffers: Buffers, steps: int) -> tuple[object, Callable[[], None]]:
-        """The key of a stage's graph, or of the whole "tick"'s, and what it launches."""
+        """The key of a stage's graph, of the whole "tick"'s or, with its copies, the "call"'s, and what it launches."""
         bucket, inputs = buffers.bucket, request.device
         images = inputs.images.dtype
         if stage == "encode_images":
@@ -164,35 +178,36 @@ class TurboEngine(Again):
         self._loop(bucket.batch).prepare(steps)
         if stage == "denoise":
             return (stage, bucket, steps), partial(self._denoise, inputs, buffers, steps)
+        if stage == "call":
+            return (stage, bucket, images, steps, self._clock is None), partial(self._call, request, buffers, steps)
         return (stage, bucket, images, steps), partial(self._tick, inputs, buffers, steps)
 
     def _run(self, stage: str, request: Request, buffers: Buffers, steps: int = 0) -> None:
-        with self._on_device():
-            self._graphs.run(*self._work(stage, request, buffers, steps))
+        key, work = self._work(stage, request, buffers, steps)
+        if not self._graphs.replay(key):
+            with self._on_device():
+                self._graphs.run(key, work)
 
     # A whole tick
 
-    @torch.no_grad()
     def sample_actions(self, input: ModelInput, noise: Tensor, steps: int) -> Tensor:  # noqa: A002
         """See `TickEngine`. The input should be on the CPU; earlier PrefixCaches of this batch size are gone after it.
 
         Raises InputError for shapes and dtypes that do not fit, and for a prompt of more than `max_tokens`.
         """
         tick = self.place(input, noise, steps)
-        tick.upload()
-        tick.launch()
+        tick.start()
         return tick.read()
 
-    @torch.no_grad()
     def place(self, input: ModelInput, noise: Tensor, steps: int) -> Tick:  # noqa: A002
         """Write a request into its bucket's pinned memory. The next `place` of the batch size writes over it."""
         input.check_shapes(self.config, uint8_images=True)
-        batch = len(input.tokens)
-        _check_noise(noise, batch, self.config)
+        batch = input.tokens.shape[0]
+        check_request_noise(noise, batch, self.config)
         arena = self._arena(batch)
         layout = lay_out(self.config, input.image_mask, input.tokens, input.token_mask)
         request = arena.request(layout.bucket, input.images.dtype)
-        _write(request.host, layout, input, noise)
+        write_request(request.arrays, layout, input, noise)
         buffers = arena.buffers(layout.bucket)
         self._placed[batch] = Placed(buffers, layout.lengths, self._next_generation(batch))
         return self._tick_of(request, buffers, steps)
@@ -208,9 +223,9 @@ class TurboEngine(Again):
         for tokens in reversed(token_buckets(self.config)):
             buffers = arena.buffers(Bucket(batch, cameras, tokens))
             request = arena.request(buffers.bucket, images)
-            _write_blank(request.device, buffers.rows)
+            _write_blank(request.host, buffers.rows)
             with self._on_device():
-                self._graphs.ensure(*self._work("tick", request, buffers, steps))
+                self._graphs.ensure(*self._work("call", request, buffers, steps))
         self.synchronize()
 
     def describe(self) -> dict[str, Any]:
@@ -267,7 +282,7 @@ class TurboEngine(Again):
             static[sample, place].copy_(image_tokens[sample, camera])
         _write_prompt(request.device, layout)
         self._run("prefill", request, buffers)
-        return hand_out(buffers, layout.lengths, generation)
+        return hand_out(arena, buffers, layout.lengths, generation)
 
     @torch.no_grad()
     def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:
@@ -289,53 +304,22 @@ class TurboEngine(Again):
         self._run("denoise", request, buffers, steps)
         return buffers.denoise.x_t.view(noise.shape).clone()
 
+    def time_calls(self) -> bool:
+        """See `TimedEngine`: the graphs of calls are captured anew, with two events more."""
+        if self.device.type == "cuda" and self._clock is None:
+            self._clock = CallClock()
+        return self._clock is not None
+
+    def call_ms(self) -> float:
+        """See `TimedEngine`. Raises RuntimeError without `time_calls`."""
+        if self._clock is None:
+            raise RuntimeError("calls are not timed; call time_calls() first, and then sample_actions")
+        return self._clock.read()
+
     def synchronize(self) -> None:
         """Wait for the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-class Tick:
-    """One request in its bucket, step by step, so that each can be timed: upload, launch, read."""
-
-    def __init__(self, engine: TurboEngine, arena: Arena, request: Request, buffers: Buffers, steps: int) -> None:
-        self._engine, self._arena, self.request, self.buffers = engine, arena, request, buffers
-        self.steps = steps
-
-    @property
-    def bucket(self) -> Bucket:
-        """Where the request was put."""
-        return self.buffers.bucket
-
-    def upload(self) -> None:
-        """Start the copy of the inputs to the device."""
-        self._arena.upload(self.request)
-
-    def launch(self) -> None:
-        """Start the computation; the first of a bucket captures it."""
-        self._engine._run("tick", self.request, self.buffers, self.steps)
-
-    def launch_stage(self, stage: str) -> None:
-        """Start one of `STAGES` alone. Raises ValueError for another name."""
-        if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
-        self._engine._run(stage, self.request, self.buffers, self.steps)
-
-    def read(self) -> Tensor:
-        """Wait, and return the actions (B,H,32) float32 on the CPU.
-
-        Raises NonFiniteActionsError where they hold NaN or infinite values.
-        """
-        host = self._arena.host_outcome
-        host.copy_(self.buffers.outcome, non_blocking=True)
-        if self._engine.device.type == "cuda":
-            torch.cuda.current_stream(self._engine.device).synchronize()
-        if not float(host[-1]):
-            raise NonFiniteActionsError(
-                f"the engine 'turbo' in {self._engine.precision} computed NaN or infinite actions; check the weights "
-                "(`turbo-pi doctor`), and whether the engine 'eager' in fp32 computes the same"
-            )
-        return host[:-1].view(self.request.host.noise.shape).clone()
 
 
 def _placed(places: list[list[int]]) -> list[tuple[int, int, int]]:
@@ -344,43 +328,12 @@ def _placed(places: list[list[int]]) -> list[tuple[int, int, int]]:
 
 
 def _write_prompt(request: RequestBuffers, layout: Layout) -> None:
-    _copy(request.lengths, torch.from_numpy(layout.lengths))
-    _copy(request.first, torch.from_numpy(layout.first))
-    _copy(request.tokens, torch.from_numpy(layout.prompt))
-
-
-def _check_noise(noise: Tensor, batch: int, config: ModelConfig) -> None:
-    """`check_noise`, at once where the noise is on the host and its squares have a finite sum."""
-    right = noise.shape == (batch, config.horizon, config.action_dim) and noise.dtype == torch.float32
-    if right and noise.device.type == "cpu" and noise.is_contiguous():
-        flat = noise.numpy().reshape(-1)
-        if math.isfinite(np.dot(flat, flat)):
-            return
-    check_noise(noise, batch, config)
-
-
-def _write(request: RequestBuffers, layout: Layout, values: ModelInput, noise: Tensor) -> None:
-    """A request into its buffers. Places without a camera are zeroed: what lay there may not be a number."""
-    _write_prompt(request, layout)
-    _copy(request.state, values.state)
-    _copy(request.noise, noise)
-    for sample, row in enumerate(layout.places):
-        count = len(row)
-        if count < layout.bucket.cameras:
-            request.images[sample, count:].zero_()
-        if row == list(range(count)):
-            _copy(request.images[sample, :count], values.images[sample, :count])
-            continue
-        for place, camera in enumerate(row):
-            _copy(request.images[sample, place], values.images[sample, camera])
-
-
-def _copy(to: Tensor, value: Tensor) -> None:
-    """By numpy where both are on the host: torch would wake all its threads for 150 KB, which takes longer."""
-    if to.device.type == "cpu" and value.device.type == "cpu" and to.dtype == value.dtype:
-        np.copyto(to.numpy(), value.numpy())
-    else:
-        to.copy_(value)
+    for to, packed in (
+        (request.lengths, layout.lengths),
+        (request.first, layout.first),
+        (request.tokens, layout.prompt),
+    ):
+        to.copy_(torch.from_numpy(packed))
 
 
 def _write_blank(request: RequestBuffers, rows: int) -> None:

@@ -3,7 +3,8 @@
 cuBLASLt scales the sums by row and column, adds a bias and writes bf16; it has neither GELU nor E4M3 output with scales
 of this kind, so that a pass over its result follows. Triton's kernels do all of it at once. Which of the two runs a
 shape of more than `FEW_ROWS` rows is decided by the tuned file of the GPU: an entry there (written by
-benchmarks/fp8_kernels.py where Triton won) means Triton with those tiles, none means the library.
+benchmarks/fp8_kernels.py where Triton won) means Triton with those tiles, none means the library. Of batches with more
+than `MOST_TRITON_ROWS` rows only products with GELU are Triton's.
 
 Of the prefix's qkv, `out` and `down` the library writes bare sums (`fp8_sums`), which the rotation or the norm behind
 them scales; its gate and up are `kernels.tiled_geglu` where that runs. What was tried is in docs/prefix-fp8.md.
@@ -28,6 +29,8 @@ FAST_SUMS = True
 """Whether the library may sum in the tensor cores' own registers."""
 FEW_ROWS = 64
 """Up to here weights, not products, take the time."""
+MOST_TRITON_ROWS = 2048
+"""Beyond, the library runs products without GELU: the tuned files know some hundred rows, and their tiles are small."""
 LEAST_ROWS = 1024
 MOST_SPLITS = 4
 """Parts of K, at most."""
@@ -85,7 +88,8 @@ def fp8_matmul(
 
     `sums` (splits, M, N) float32 is scratch for tiles that cut K into parts, where there are too few for the GPU.
     """
-    tiles = _tiles("fp8_linear" if sums is None else "fp8_stream_linear", x, weight)
+    op = "fp8_linear" if sums is None else "fp8_stream_linear"
+    tiles = None if len(x) > MOST_TRITON_ROWS else _tiles(op, x, weight)
     if tiles is None and _by_library(x, out):
         library_fp8_matmul(x, weight, out, bias)
         return

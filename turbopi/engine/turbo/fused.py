@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...kernels import E4M3
+from ...kernels import step_misfits
 from ...kernels.row_attention_cluster import cluster_misfits
-from ...quant.fold import FoldedGemmaBlock
+from ...quant.fold import FoldedGemmaBlock, Schedule
 from ...quant.fp8 import Fp8Weight
 from .buffers import MOST_FUSED_ROWS, Buffers, DenoiseBuffers, RequestBuffers
-from .denoise import RowsLoop, norm_of
+from .denoise import RowsLoop, modulation_of, norm_of
 from .products import Product, Target, operand, target
 from .weights import TurboWeights, longest_sequence
 
@@ -27,7 +27,7 @@ def fused_obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> l
     found = []
     rows = batch * config.suffix_tokens
     if rows > MOST_FUSED_ROWS:
-        found.append(f"{rows} suffix rows are more than {MOST_FUSED_ROWS}, beyond which it was not measured")
+        found.append(f"{rows} suffix rows are more than {MOST_FUSED_ROWS}: it reads the weights again for every 64")
     if weights.dtype != torch.bfloat16:
         found.append(f"weights in {weights.dtype}")
     if weights.device.type != "cuda" or torch.cuda.get_device_capability(weights.device) < OLDEST:
@@ -37,10 +37,10 @@ def fused_obstacles(config: ModelConfig, weights: TurboWeights, batch: int) -> l
 
 def suffix_attention_obstacles(config: ModelConfig, weights: TurboWeights) -> list[str]:
     """Why the fused loop's attention is not one launch in clusters; empty if it is, in prefixes of any length."""
-    expert, blocks = config.expert, weights.expert.blocks
-    in_fp8 = any(isinstance(block.out, Fp8Weight) for block in blocks)
+    expert = config.expert
     sizes = expert.kv_heads, expert.head_dim, longest_sequence(config)
-    return cluster_misfits(*sizes, weights.dtype, E4M3 if in_fp8 else weights.dtype, weights.device)
+    # The result may be in E4M3 as well.
+    return cluster_misfits(*sizes, weights.dtype, weights.dtype, weights.device)
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,42 @@ class FusedLoop(RowsLoop):
         """As measured with products of that format. The attention's go with qkv: they share the multiprocessors."""
         return self.fp8 if isinstance(product, Fp8Weight) else self.bf16
 
+    def _begin(self, schedule: Schedule, step: int, b: DenoiseBuffers) -> None:
+        """See `RowsLoop`; the end of a step leaves this for the next."""
+        if step == 0 or not self._steps_at_once:
+            super()._begin(schedule, step, b)
+
+    def _end(self, schedule: Schedule, step: int, b: DenoiseBuffers) -> None:
+        """See `RowsLoop`, and the beginning of the next step."""
+        if step + 1 == schedule.steps or not self._steps_at_once:
+            super()._end(schedule, step, b)
+            return
+        into, out = schedule.action_in, schedule.action_out
+        normed = target(self._weights.expert.blocks[0].qkv, b.normed, b.normed_fp8)
+        scale, shift, _ = norm_of(modulation_of(schedule, step + 1), 0)
+        self._ops.row_step(
+            b.normed,
+            (out.weight, out.bias),
+            b.x_t,
+            (into.weight, into.bias[step + 1]),
+            b.x,
+            None if scale is None or shift is None else (scale, shift),
+            normed.tensor,
+            inverse=normed.inverse,
+        )
+
+    @property
+    def _steps_at_once(self) -> bool:
+        """Whether one kernel goes from a step to the next: every row is an action, and weights fit a program."""
+        config = self._config
+        return config.kind == "pi05" and not step_misfits(config.expert.width, config.action_dim)
+
     def _tower(self, modulation: Tensor | None, request: RequestBuffers, buffers: Buffers) -> None:
         b, cache, ops = buffers.denoise, buffers.prefill, self._ops
         blocks = self._weights.expert.blocks
         readers: list[Product | None] = [*(block.qkv for block in blocks), None]
-        scale, shift, gate = norm_of(modulation, 0)
+        _, _, gate = norm_of(modulation, 0)
         normed = target(readers[0], b.normed, b.normed_fp8)
-        ops.rms_norm(b.x, normed.tensor, scale, shift, inverse=normed.inverse)
         for layer, block in enumerate(blocks):
             attended = target(block.out, b.attended, b.attended_fp8)
             self._attend(normed.tensor, request, b, block, cache.keys[layer], cache.values[layer], attended)

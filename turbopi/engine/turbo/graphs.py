@@ -42,10 +42,18 @@ class GraphSet:
             with ieee_float32():
                 self._replays[key] = self._recorder.record(work)
 
+    def replay(self, key: Hashable) -> bool:
+        """Do recorded work again, if there is any under the key; whether there was."""
+        replay = self._replays.get(key)
+        if replay is None:
+            return False
+        replay()
+        return True
+
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do what `work` does."""
         if self._recorder is None:
-            with ieee_float32():
+            with ieee_float32(), torch.no_grad():
                 work()
             return
         self.ensure(key, work)

@@ -8,11 +8,12 @@ from typing import Literal
 from ...config import ModelConfig
 from .denoise import DenoiseLoop, RowsLoop, Schedules
 from .fused import FusedLoop, fused_obstacles, suffix_attention_obstacles
+from .many import ManyRowsLoop, many_obstacles
 from .ops import TWINS, Ops
 from .persistent import PersistentLoop, obstacles
 from .weights import TurboWeights
 
-LoopName = Literal["persistent", "fused", "rows"]
+LoopName = Literal["persistent", "fused", "many", "rows"]
 
 
 def make_loop(
@@ -23,15 +24,17 @@ def make_loop(
     batch: int,
     first: LoopName = "persistent",
 ) -> DenoiseLoop:
-    """From `first` on, the first that has no obstacles of: all in one kernel, fused kernels, one kernel after another.
+    """From `first` on, the first without obstacles: all in one kernel, fused kernels, kernels for many rows, the rest.
 
     What a loop cannot run is never tried on it. Twins run one after another.
     """
     compiled = ops.name != TWINS
     if first == "persistent" and compiled and not obstacles(config, weights, batch):
         return PersistentLoop(config, weights, schedules)
-    if first != "rows" and compiled and not fused_obstacles(config, weights, batch):
+    if first in ("persistent", "fused") and compiled and not fused_obstacles(config, weights, batch):
         return FusedLoop(config, weights, ops, schedules)
+    if first != "rows" and compiled and not many_obstacles(config, weights, batch):
+        return ManyRowsLoop(config, weights, ops, schedules)
     return RowsLoop(config, weights, ops, schedules)
 
 
@@ -45,6 +48,11 @@ def told(config: ModelConfig, weights: TurboWeights, loops: Mapping[int, Denoise
             str(batch): "; ".join(fused_obstacles(config, weights, batch))
             for batch, loop in slower.items()
             if loop.name != FusedLoop.name
+        },
+        "not_many": {
+            str(batch): "; ".join(many_obstacles(config, weights, batch))
+            for batch, loop in slower.items()
+            if loop.name == RowsLoop.name
         },
         "suffix_attention": {
             str(batch): "; ".join(suffix_attention_obstacles(config, weights)) or "cluster"

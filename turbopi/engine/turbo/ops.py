@@ -39,8 +39,9 @@ class Ops:
         wide_matmul: (x (M,K), weight (N,K), out (M,N) float32) -> None; see `cublas_wide_matmul`.
         geglu_matmul: (x (M,K), weight (2F,K), gate_up (M,2F) scratch, out (M,F), inverse) -> None.
         fp8_matmul, fp8_sums, fp8_gelu_matmul, fp8_geglu_matmul: of `fp8_ops`, with an `Fp8Weight`.
-        vision_attention: (qkv (n·S,3·W), out (n·S,W), heads, rows_per_image, inverse) -> attended (n·S,W), in `out` or
-            elsewhere; in E4M3 always in `out`.
+        vision_attention: (qkv (n·S,3·W), out (n·S,W), heads, rows_per_image, inverse, early) -> attended (n·S,W), in
+            `out` or elsewhere; in E4M3 always in `out`.
+        early_norm: (x (M,D), out (M,D) E4M3, *, inverse) -> None.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Ops:
     patches: Callable[..., None]
     embed_tokens: Callable[..., None]
     layer_norm: Callable[..., None]
+    early_norm: Callable[..., None]
     residual_layer_norm: Callable[..., None]
     rms_norm: Callable[..., None]
     gated_residual_norm: Callable[..., None]
@@ -69,14 +71,18 @@ class Ops:
     row_parts: Callable[..., None]
     row_sum_norm: Callable[..., None]
     row_geglu: Callable[..., None]
+    row_step: Callable[..., None]
     action_in: Callable[..., None]
     action_out: Callable[..., None]
 
 
-def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> Tensor:
+def sdpa_vision_attention(
+    qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0, early: bool = False
+) -> Tensor:
     """Attention of each image's rows among themselves, through torch's fused kernels, which make their own output.
 
-    qkv (n·S,3·W) holds q, k, v one after the other, q scaled by head_dim^-0.5. Only E4M3 is written to `out`.
+    qkv (n·S,3·W) holds q, k, v one after the other, q scaled by head_dim^-0.5. Only E4M3 is written to `out`. `early`
+    changes nothing here.
     """
     q, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -87,14 +93,16 @@ def sdpa_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: 
     return out
 
 
-def kernel_vision_attention(qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0) -> Tensor:
+def kernel_vision_attention(
+    qkv: Tensor, out: Tensor, heads: int, rows_per_image: int, inverse: float = 1.0, early: bool = False
+) -> Tensor:
     """`sdpa_vision_attention` through kernels that read q, k and v where they stand; written to out.
 
-    By `kernels.vision_attention` where that runs and the tuned file of the GPU names it, else by Triton's.
+    By `kernels.vision_attention` where that runs and the tuned file of the GPU names it, else by Triton's, never early.
     """
     named = kernels.vision_attention_named(qkv)
     if named and not kernels.vision_attention_obstacles(qkv, out, heads, rows_per_image):
-        kernels.vision_attention(qkv, out, heads, rows_per_image, inverse)
+        kernels.vision_attention(qkv, out, heads, rows_per_image, inverse, early)
         return out
     _, k, v = qkv.view(-1, rows_per_image, 3, heads, out.shape[1] // heads).permute(2, 0, 3, 1, 4)
     kernels.attention(qkv[:, : out.shape[1]], k, v, None, out, rows_per_image, inverse=inverse)
@@ -202,6 +210,7 @@ def triton_ops() -> Ops:
         patches=kernels.patches,
         embed_tokens=kernels.embed_tokens,
         layer_norm=kernels.layer_norm,
+        early_norm=kernels.early_norm,
         residual_layer_norm=kernels.residual_layer_norm,
         rms_norm=kernels.rms_norm,
         gated_residual_norm=kernels.gated_residual_norm,
@@ -213,6 +222,7 @@ def triton_ops() -> Ops:
         row_parts=kernels.row_parts,
         row_sum_norm=kernels.row_sum_norm,
         row_geglu=kernels.row_geglu,
+        row_step=kernels.row_step,
         action_in=kernels.action_in,
         action_out=kernels.action_out,
     )
@@ -236,6 +246,7 @@ def twin_ops() -> Ops:
         patches=kernels.patches_ref,
         embed_tokens=kernels.embed_tokens_ref,
         layer_norm=kernels.layer_norm_ref,
+        early_norm=kernels.layer_norm_ref,
         residual_layer_norm=kernels.residual_layer_norm_ref,
         rms_norm=kernels.rms_norm_ref,
         gated_residual_norm=kernels.gated_residual_norm_ref,
@@ -247,6 +258,7 @@ def twin_ops() -> Ops:
         row_parts=kernels.row_parts_ref,
         row_sum_norm=kernels.row_sum_norm_ref,
         row_geglu=kernels.row_geglu_ref,
+        row_step=kernels.row_step_ref,
         action_in=kernels.action_in_ref,
         action_out=kernels.action_out_ref,
     )

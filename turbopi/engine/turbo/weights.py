@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,12 +54,24 @@ class TurboWeights:
         """Whether any of the action expert's products is."""
         return any(_in_fp8(part) for part in _parts(self.expert))
 
+    @cached_property
+    def expert_tiles(self) -> tuple[TiledGeglu, ...]:
+        """The expert's gate and up once more, as `ManyRowsLoop` reads them; made when that is first prepared."""
+        return tuple(_tiled(block.gate_up) for block in self.expert.blocks)
+
     def bytes_by_format(self) -> dict[str, int]:
         """Bytes on the device, the token embedding among them: fp8 products with their scales, the rest by dtype."""
         found: Counter[str] = Counter()
-        for part in _parts(self):
+        made_since = self.__dict__.get("expert_tiles", ())
+        for part in _parts((self, made_since)):
             found["fp8" if _in_fp8(part) else _dtype_name(part)] += part.nbytes
         return dict(found)
+
+
+def _tiled(weight: Tensor | Fp8Weight) -> TiledGeglu:
+    if isinstance(weight, Fp8Weight):
+        return tile_geglu(weight.values, weight.scale, weight.inverse)
+    return tile_geglu(weight)
 
 
 def _in_fp8(part: Tensor | Fp8Weight | TiledGeglu) -> bool:
@@ -115,7 +128,7 @@ class TilingRounding(Rounding):
         kept = self._rounding.keep(product, weight, bias)
         if not product.endswith(".gate_up"):
             return kept
-        return tile_geglu(kept.values, kept.scale, kept.inverse) if isinstance(kept, Fp8Weight) else tile_geglu(kept)
+        return _tiled(kept)
 
 
 def tiling_obstacles(model: Pi0, formats: Mapping[str, Format] | None) -> list[str]:
