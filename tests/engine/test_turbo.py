@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from captured_support import Rerun, model, observation
-from turbo_support import STAGE_TOLERANCE, cloned, relative, twins, uint8_input, valid_part, with_gaps
+from turbo_support import STAGE_TOLERANCE, model_like, relative, twins, uint8_input, valid_part, with_gaps
 
 from turbopi import InputError, Pi0, preset
 from turbopi.engine import TickEngine, TimedEngine, create_engine, sample_actions
@@ -17,7 +17,6 @@ from turbopi.engine.turbo.buckets import Bucket, bucket_for_rows, lay_out, token
 from turbopi.engine.turbo.checks import check_device
 from turbopi.engine.turbo.ops import twin_ops
 from turbopi.errors import NonFiniteActionsError
-from turbopi.model import PrefixCache
 
 PRESETS = ["pi0-tiny", "pi05-tiny", "pi0-small", "pi05-small"]
 ONE, TWO, THREE, LAST = (True, False, False), (True, True, False), (True, True, True), (False, False, True)
@@ -130,84 +129,6 @@ def test_uint8_images_are_the_scaled_ones(reference: Pi0) -> None:
     assert torch.equal(
         engine.encode_images(grey.images, x.image_mask), engine.encode_images(scaled.images, x.image_mask)
     )
-
-
-# Caches
-
-
-def prefilled(engine: TurboEngine, lengths: list[int], seed: int = 0) -> tuple[PrefixCache, torch.Tensor, torch.Tensor]:
-    x, noise = observation(engine.config, lengths, seed=seed)
-    tokens = engine.encode_images(x.images, x.image_mask)
-    return engine.prefill(tokens, x.image_mask, x.tokens, x.token_mask), x.state, noise
-
-
-@pytest.mark.parametrize("masked", ["dropped", "masked"])
-@pytest.mark.parametrize("lengths", [[9], [9, 20], [12, 12]])
-def test_a_cache_from_the_reference(reference: Pi0, lengths: list[int], masked: str) -> None:
-    other = model_like(reference, invalid_tokens=masked)
-    x, noise = observation(reference.config, lengths)
-    with torch.no_grad():
-        tokens = other.encode_images(x.images, x.image_mask)
-        cache = other.prefill(tokens, x.image_mask, x.tokens, x.token_mask)
-        expected = other.denoise(cache, x.state, noise, 2)
-    assert relative(twins(reference).denoise(cache, x.state, noise, 2), expected) <= STAGE_TOLERANCE
-
-
-def model_like(reference: Pi0, **changes: object) -> Pi0:
-    other = Pi0(dataclasses.replace(reference.config, **changes))  # type: ignore[arg-type]
-    other.load_state_dict(reference.state_dict())
-    return other
-
-
-def test_a_clone_outlives_the_next_prefill(reference: Pi0) -> None:
-    engine = twins(reference)
-    cache, state, noise = prefilled(engine, [9, 20])
-    expected, kept = engine.denoise(cache, state, noise, 2), cloned(cache)
-    assert torch.equal(engine.denoise(cache, state, noise, 2), expected)
-    prefilled(engine, [5, 40], seed=1)
-    assert relative(engine.denoise(kept, state, noise, 2), expected) <= STAGE_TOLERANCE
-
-
-@pytest.mark.parametrize("then", ["prefill", "tick", "foreign"])
-def test_a_cache_that_was_computed_over_is_refused(reference: Pi0, then: str) -> None:
-    engine = twins(reference)
-    cache, state, noise = prefilled(engine, [9])
-    if then == "prefill":
-        prefilled(engine, [40], seed=1)
-    elif then == "tick":
-        engine.sample_actions(*observation(engine.config, [9], seed=1), 1)
-    else:
-        engine.denoise(cloned(cache), state, noise, 1)
-    with pytest.raises(RuntimeError, match="computed over this PrefixCache"):
-        engine.denoise(cache, state, noise, 1)
-
-
-def test_other_batch_sizes_and_images_leave_a_cache_alone(reference: Pi0) -> None:
-    engine = twins(reference)
-    cache, state, noise = prefilled(engine, [9])
-    expected = engine.denoise(cache, state, noise, 2)
-    prefilled(engine, [40, 3], seed=1)
-    x, _ = observation(engine.config, [30], [THREE], seed=2)
-    engine.encode_images(x.images, x.image_mask)
-    assert torch.equal(engine.denoise(cache, state, noise, 2), expected)
-
-
-def test_lengths_that_are_not_the_valid_tokens_are_refused(reference: Pi0) -> None:
-    engine = twins(reference)
-    cache, state, noise = prefilled(engine, [9])
-    shifted = dataclasses.replace(cache, lengths=cache.lengths + 1)
-    with pytest.raises(ValueError, match="keeps no mask, so both must agree"):
-        engine.denoise(shifted, state, noise, 1)
-
-
-def test_a_cache_that_is_too_long_is_refused(reference: Pi0) -> None:
-    engine, config = twins(reference), reference.config
-    rows = config.prefix_slots + 1
-    layer = torch.zeros(1, config.vlm.kv_heads, rows, config.vlm.head_dim)
-    cache = PrefixCache((layer,) * config.vlm.depth, (layer,) * config.vlm.depth, torch.tensor([rows]), None)
-    _, noise = observation(config, [1])
-    with pytest.raises(ValueError, match=f"holds {rows} tokens, the turbo engine at most"):
-        engine.denoise(cache, torch.zeros(1, config.state_dim), noise, 1)
 
 
 # Buckets and graphs

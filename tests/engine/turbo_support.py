@@ -47,3 +47,10 @@ def valid_part(cache: PrefixCache) -> list[Tensor]:
     """Keys and values of valid tokens only."""
     seen = cache.visible[:, None, :, None].cpu()
     return [t.cpu().float() * seen for t in (*cache.keys, *cache.values)]
+
+
+def model_like(reference: Pi0, **changes: object) -> Pi0:
+    """A model with the same weights and another configuration."""
+    other = Pi0(dataclasses.replace(reference.config, **changes))  # type: ignore[arg-type]
+    other.load_state_dict(reference.state_dict())
+    return other
