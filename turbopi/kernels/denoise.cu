@@ -64,7 +64,8 @@ __device__ __forceinline__ void bring_cache(const Arguments& p, int layer) {
 // This CTA's lines of a layer's scales, shifts and gates to L2.
 __device__ __forceinline__ void bring_modulation(const Arguments& p, int step, int layer) {
   const float* from = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * layer) * 3 * W;
-  for (int line = blockIdx.x; line < 6 * W / 32; line += CTAS) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 32));
+  for (int line = blockIdx.x; line < 6 * W / 32; line += CTAS)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + line * 32));
 }
 
 __device__ __forceinline__ void produce(const Arguments& p) {
@@ -114,7 +115,8 @@ __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* ne
   float* normed = (float*)(memory + SUMS_AT);
   static_assert(W * 4 <= EXCHANGE_AT - SUMS_AT, "room for a row");
   __shared__ float action[A], squares[WARPS];
-  constexpr int MINE = (W + THREADS - 1) / THREADS, EACH = (A + WARPS - 1) / WARPS;  // columns of a thread, outputs of a warp
+  // Columns of a thread, outputs of a warp.
+  constexpr int MINE = (W + THREADS - 1) / THREADS, EACH = (A + WARPS - 1) / WARPS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.x;
   const float* modulation = p.modulation + ((u64)step * (2 * LAYERS + 1) + 2 * LAYERS) * 3 * W;
   prefetch(p.out_weights, A * W);
@@ -158,7 +160,10 @@ __device__ __forceinline__ void finish(const Arguments& p, const u32* x, u32* ne
 #pragma unroll 16
   for (int i = lane; i < W; i += 32)
 #pragma unroll
-    for (int k = 0; k < EACH; ++k) values[k] += normed[i] * p.out_weights[(warp + k * WARPS < A ? warp + k * WARPS : A - 1) * W + i];
+    for (int k = 0; k < EACH; ++k) {
+      const int a = warp + k * WARPS < A ? warp + k * WARPS : A - 1;
+      values[k] += normed[i] * p.out_weights[a * W + i];
+    }
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const float value = warp_sum(values[k]);
@@ -189,8 +194,7 @@ __device__ __forceinline__ void compute(const Arguments& p) {
       const bool waits = blockIdx.x < PAIRED_UNITS && blockIdx.x < GATE_UNITS;
       if (!waits && threadIdx.x >= 32) empty_parts(p.mail, round + 2), empty_rest(p.mail, round + 2), __threadfence();
       HeadPair pair(p, mail, blockIdx.x, my.prefix, scales.qkv);
-      if (blockIdx.x < QKV_UNITS)
-        Norm(modulation, scales.inverse).apply(mail.x, [] {});
+      if (blockIdx.x < QKV_UNITS) Norm(modulation, scales.inverse).apply(mail.x, [] {});
       pace.allow(pace.qkv + pace.out + pace.gate_up);
 #pragma unroll 1
       for (int unit = blockIdx.x; unit < QKV_UNITS; unit += HeadPair::UNITS * CTAS) {

@@ -71,9 +71,8 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
           return (i < fresh ? 0 : Mail::NEW) + ((token + n / EIGHTS) * KV + kv) * (D / 2) + n % EIGHTS * 4;
         },
         [&](int i) {
-          const int n = i < fresh ? i : i - fresh;
-          return ROWS_AT + ((i < fresh ? (standing + n / EIGHTS) * K_STRIDE : KEYS * K_STRIDE + (standing + n / EIGHTS) * V_STRIDE) +
-                             column(n % EIGHTS)) * 2;
+          const int n = i < fresh ? i : i - fresh, row = standing + n / EIGHTS;
+          return ROWS_AT + ((i < fresh ? row * K_STRIDE : KEYS * K_STRIDE + row * V_STRIDE) + column(n % EIGHTS)) * 2;
         },
         2 * fresh);
   await<D / 16>([&](int tile) { return mail.q + ((N - 1) * H + my.head) * (D / 2) + tile * 8; },
@@ -138,7 +137,8 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
     }
 #pragma unroll
     for (int offset = 8; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (half == 0 && token < N) tell2(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top), __float_as_uint(sum));
+    if (half == 0 && token < N)
+      tell2(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top), __float_as_uint(sum));
   }
   sync();
   constexpr int AT_ONCE = D / 16 > WARPS ? 2 : 1;  // tiles of dims of a warp
@@ -185,17 +185,20 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail, const
   float* shares = (float*)(memory + SUMS_AT);  // (SPLITS, N), how much each CTA's part weighs
   float* pieces = (float*)(memory + ROWS_AT);  // (SPLITS, DIMS, EVEN)
   constexpr int PART = D * EVEN, FOURS = DIMS * EVEN / 4;
-  constexpr int WIDE = Mail::wide(0), NARROW = EVEN - WIDE, OF_WIDE = DIMS * WIDE / 4;  // tokens of a row, fours of all rows
+  // Tokens of a row in either group, fours of all rows of the first.
+  constexpr int WIDE = Mail::wide(0), NARROW = EVEN - WIDE, OF_WIDE = DIMS * WIDE / 4;
   Fetch<SPLITS * FOURS> fetch;
   fetch.prepare(
       mail.parts + my.head * SPLITS * PART,
       [&](int i) {
         const int n = i % FOURS;
-        return i / FOURS * PART + (n < OF_WIDE ? my.rank * DIMS * WIDE + n * 4 : D * WIDE + my.rank * DIMS * NARROW + (n - OF_WIDE) * 4);
+        const int in_part = n < OF_WIDE ? my.rank * DIMS * WIDE + n * 4 : D * WIDE + my.rank * DIMS * NARROW + (n - OF_WIDE) * 4;
+        return i / FOURS * PART + in_part;
       },
       [&](int i) {
         // Of two pairs of tokens the first; the second follows, or is the first of the next dim.
-        const int n = i % FOURS, pair = (n < OF_WIDE ? n : n - OF_WIDE) * 2, half = n < OF_WIDE ? WIDE / 2 : at_least(NARROW / 2, 1);
+        const int n = i % FOURS, pair = (n < OF_WIDE ? n : n - OF_WIDE) * 2;
+        const int half = n < OF_WIDE ? WIDE / 2 : at_least(NARROW / 2, 1);
         const auto piece = [&](int pair) { return pair / half * EVEN + (n < OF_WIDE ? 0 : WIDE) + pair % half * 2; };
         return (ROWS_AT + (i / FOURS * DIMS * EVEN + piece(pair)) * 4) | (piece(pair + 1) - piece(pair)) * 4 << 24;
       });
@@ -241,6 +244,7 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail, const
     }
     u32 word = FP8 ? narrow2_e4m3(sum.x * inverse, sum.y * inverse) : narrow2(sum.x, sum.y);
     if constexpr (FP8) word |= __shfl_down_sync(0xffffffffu, word, 1) << 16;
-    if (i < N * PAIRS && (!FP8 || i % 2 == 0)) tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / PER_WORD, word);
+    if (i < N * PAIRS && (!FP8 || i % 2 == 0))
+      tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / PER_WORD, word);
   }
 }

@@ -108,7 +108,10 @@ __device__ __forceinline__ u32 ask(const u32* word) {
 
 __device__ __forceinline__ uint4 ask4(const u32* words) {
   uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(words) : "memory");
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(words)
+               : "memory");
   return v;
 }
 
@@ -125,7 +128,8 @@ __device__ __forceinline__ void tell(u32* word, u32 data) {
 }
 
 __device__ __forceinline__ void tell4(u32* words, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(words), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 __device__ __forceinline__ void tell2(u32* words, u32 first, u32 second) {
@@ -242,7 +246,8 @@ template <int WORDS>
 __device__ __forceinline__ void blank(u32* at) {
   static_assert(WORDS % 4 == 0, "whole vectors");
 #pragma unroll
-  for (int i = threadIdx.x - 32; i < WORDS / 4; i += THREADS - 32) *(uint4*)(at + i * 4) = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
+  for (int i = threadIdx.x - 32; i < WORDS / 4; i += THREADS - 32)
+    *(uint4*)(at + i * 4) = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
 }
 
 // Makes rows of mail EMPTY, by all warps but the first; WORDS of each, one or a multiple of two.
@@ -275,7 +280,8 @@ __device__ __noinline__ void empty_rest(u32* mail, u32 round) {
 #pragma unroll 1
   for (int unit = cta; unit < QKV_UNITS; unit += CTAS) {
     const int head = unit / (D / 16), at = unit % (D / 16) * 8;
-    u32* to = head < H ? old.q + head * (D / 2) : head < H + KV ? old.keys + (head - H) * (D / 2) : old.values + (head - H - KV) * (D / 2);
+    u32* to = head < H ? old.q + head * (D / 2)
+              : head < H + KV ? old.keys + (head - H) * (D / 2) : old.values + (head - H - KV) * (D / 2);
     const int stride = (head < H ? H : KV) * (D / 2);
     blank<8>(to + at, N, stride);
   }

@@ -229,15 +229,16 @@ struct Hidden {
     sync();
 #pragma unroll 1
     for (int i = threadIdx.x; i < N * WORDS / 4; i += THREADS)
-      tell4(mail.hidden + (i / (WORDS / 4) * F + unit * OUT) / PER_WORD + i % (WORDS / 4) * 4, *(const uint4*)(stage + i * 4));
+      tell4(mail.hidden + (i / (WORDS / 4) * F + unit * OUT) / PER_WORD + i % (WORDS / 4) * 4,
+            *(const uint4*)(stage + i * 4));
   }
 };
 
 // to = x + gate * (input @ weights^T), for `out` and `down`. Each CTA of a pair takes half of K, and in the end half of the
 // rows. Of the input, a CTA wrote WRITTEN columns; `ahead` chunks of weights are allowed then. In fp8 gate * scale for gate.
 template <int K, int WRITTEN, class Work>
-__device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* input, const u32* x, const float* gate, const float* scale,
-                                        u32* to, Work meanwhile, const Pace& pace, int ahead) {
+__device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* input, const u32* x, const float* gate,
+                                        const float* scale, u32* to, Work meanwhile, const Pace& pace, int ahead) {
   constexpr int ITEMS = K / 2 / (4 * PER_WORD);
   using P = Product<1, 1, K / 64>;
   const u32 exchanged = Ring::arrived(2 * SLOTS);
@@ -253,7 +254,8 @@ __device__ __forceinline__ void project(Ring& ring, u32& parity, const u32* inpu
   const bool sums_up = own < 16 * COLUMNS && whose < N;
   const u32 sum_at = settled((u32)(SUMS_AT + (of % 16 * SUM_STRIDE + whose) * 4));
   const u32 mine_at = settled((u32)(EXCHANGE_AT + ((half * 16 + of % 16) * HALF_N + whose % HALF_N) * 4));
-  const u32 sent_to = settled(there(shared_address(memory) + mine_at, target)), counted_by = settled(there(exchanged, target));
+  const u32 sent_to = settled(there(shared_address(memory) + mine_at, target));
+  const u32 counted_by = settled(there(exchanged, target));
   const int safe = local < tokens ? local : 0;
   const u32 found_at = settled((u32)(EXCHANGE_AT + (row * HALF_N + safe) * 4));
   const u32 told_at = settled((u32)(safe + half * HALF_N) * (W / 2) + column / 2);
