@@ -6,7 +6,8 @@
 What no receipt tells says "not run yet". A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`.
 Receipts, all in benchmarks/results/: `precision_errors*.json` (benchmarks/precision_errors.py; the first that knows a
 row tells it), `precisions.json` (benchmarks/precisions.py), `bench_precisions_*.json` and `bench_*_fp8_*.json`
-(turbo-pi bench), `audit_*.json` (turbo-pi audit), `observers_*.json` (benchmarks/precision_errors.py --calibration).
+(turbo-pi bench, of one observation), `audit_libero_small_*.json` (turbo-pi audit), `observers_*.json`
+(benchmarks/precision_errors.py --calibration).
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def read(results: Path) -> Receipts:
     ticks: dict[str, dict[str, Any]] = {}
     for file in sorted({*results.glob("bench_precisions_*.json"), *results.glob("bench_*_fp8_*.json")}):
         receipt = json.loads(file.read_text())
+        if receipt["what"] != "bench latency" or receipt["results"]["runs"][0]["batch"] != 1:
+            continue
         known, subjects = receipt["config"], receipt["results"]["runs"][0]["subjects"]
         named = {name if ":" in name else f"{name}:{known['precision']}": row for name, row in subjects.items()}
         ticks.setdefault(known["workload"]["name"], {}).update(
@@ -95,7 +98,7 @@ def read(results: Path) -> Receipts:
         )
     played = results / "precisions.json"
     runs = json.loads(played.read_text())["results"]["runs"] if played.is_file() else []
-    audited = [json.loads(file.read_text())["results"] for file in sorted(results.glob("audit_*.json"))]
+    audited = [json.loads(file.read_text())["results"] for file in sorted(results.glob("audit_libero_small_*.json"))]
     audits = {found["candidate"]: found for found in audited if {"candidate", "over_budget"} <= set(found)}
     files = sorted(results.glob("observers_*.json"))
     observers = [row for file in files for row in json.loads(file.read_text())["results"]["rows"]]

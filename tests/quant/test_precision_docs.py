@@ -59,13 +59,18 @@ def test_every_cell_comes_from_a_receipt(tmp_path: Path) -> None:
     )
     subjects = {"turbo:bf16": measured(10.0), "turbo:fp8": measured(6.0)}
     config = {"precision": "bf16", "workload": {"name": "libero"}}
-    receipt = {"config": config, "results": {"runs": [{"subjects": subjects}]}}
+    receipt = {"what": "bench latency", "config": config, "results": {"runs": [{"batch": 1, "subjects": subjects}]}}
     (tmp_path / "bench_precisions_libero_h200.json").write_text(json.dumps(receipt))
+    many = {"runs": [{"batch": 32, "subjects": {"turbo:fp8": measured(100.0)}}]}
+    (tmp_path / "bench_zz_fp8_batch.json").write_text(json.dumps({**receipt, "results": many}))
+    profile = {"what": "bench kernels", "config": config, "results": {"subjects": {}}}
+    (tmp_path / "bench_zz_fp8_kernels.json").write_text(json.dumps(profile))
     cut = {**error, "calibration": {"observer": "percentile", "percentile": 99.9}}
     cut["relative_error"] = {**cut["relative_error"], "actions": 0.07}
     write(tmp_path / "observers_p99.9.json", {"rows": [cut, {**cut, "precision": "int8"}]})
     audited = {"candidate": "turbo:fp8", "over_budget": 0, "actions": {"candidate": 0.024, "plain": 0.023}}
-    write(tmp_path / "audit_turbo_fp8_h200.json", audited)
+    write(tmp_path / "audit_libero_small_turbo_fp8_h200.json", audited)
+    write(tmp_path / "audit_pi05_turbo_fp8.json", {**audited, "over_budget": 7})
     write(tmp_path / "audit_planted.json", {"bugs": []})
     receipts = docs.read(tmp_path)
     assert receipts.errors["eager:fp8"]["cosine"] == 0.999
