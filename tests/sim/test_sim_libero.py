@@ -1,5 +1,6 @@
 """The real simulator, drawn in software. Two scenes are loaded; the tests share them."""
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -125,6 +126,23 @@ def test_looking_changes_nothing(env: LiberoEnv) -> None:
     blindly = trajectory(env, 25)
     env.reset(seed=1)
     np.testing.assert_array_equal(trajectory(env, 25, look=8), blindly)
+
+
+def test_computing_each_state_once_changes_no_bit(blind: LiberoEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+    """robosuite's own substeps, arm and gripper pressed against things; and half of the work is really left out."""
+    blind.reset(2, seed=1)
+    once = trajectory(blind, 40)
+    whole, skipped = [], []
+    forward, skip = blind._mujoco.mj_forward, blind._mujoco.mj_forwardSkip
+    monkeypatch.setattr(blind._mujoco, "mj_forward", lambda *a: (whole.append(1), forward(*a)))
+    monkeypatch.setattr(blind._mujoco, "mj_forwardSkip", lambda *a: (skipped.append(1), skip(*a)))
+    blind.step(actions(1)[0])
+    assert len(whole) == len(skipped) == 25
+    monkeypatch.undo()
+    monkeypatch.setattr(libero, "each_state_once", lambda *_: contextlib.nullcontext())
+    blind.reset(2, seed=1)
+    np.testing.assert_array_equal(trajectory(blind, 40), once)
+    assert blind.raw.sim.data._data.ncon > 0
 
 
 def test_a_stored_state_gives_its_frames_back(env: LiberoEnv) -> None:

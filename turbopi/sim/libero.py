@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..transforms import resize_with_pad
 from .gl import APT_COMMAND, RendererError, choose_gl
+from .substeps import each_state_once
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # openpi's: the longest training demonstration of each suite, with some room.
@@ -190,7 +191,7 @@ class LiberoEnv:
             self.raw.set_init_state(state)
         self._ready = True
         for _ in range(idle_steps):
-            self.raw.step(IDLE_ACTION)
+            self._advance(IDLE_ACTION)
         self.steps = 0
         self._success = bool(self.raw.check_success())
 
@@ -213,9 +214,8 @@ class LiberoEnv:
             raise InputError(f"action is {values.shape} {values.dtype}, expected ({ACTION_DIM},) numbers in [-1, 1]")
         if not np.isfinite(values).all():
             raise InputError(f"action has NaN or infinite values ({values}); expected {ACTION_DIM} numbers in [-1, 1]")
-        _, _, done, _ = self.raw.step(values.astype(np.float64))
+        self._success = self._advance(values.astype(np.float64))
         self.steps += 1
-        self._success = bool(done)
         return self._success
 
     def observe(self, image_size: int = 224) -> dict[str, Any]:
@@ -301,6 +301,11 @@ class LiberoEnv:
         quaternion = np.empty(4)
         self._mujoco.mju_mat2Quat(quaternion, np.ascontiguousarray(matrix).reshape(9))
         return np.roll(quaternion, -1)
+
+    def _advance(self, action: Any) -> bool:
+        with each_state_once(self._mujoco, self.raw.sim):
+            _, _, done, _ = self.raw.step(action)
+        return bool(done)
 
     def _official(self, number: int) -> np.ndarray:
         if self._states is None:
