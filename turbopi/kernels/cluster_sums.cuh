@@ -7,13 +7,6 @@ __device__ __forceinline__ int cluster_rank() {
   return PARTS > 1 ? rank : 0;
 }
 
-// Where `address` of this CTA is in CTA `rank` of the cluster.
-__device__ __forceinline__ u32 there(u32 address, int rank) {
-  u32 found;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
-  return found;
-}
-
 // This CTA's queries and first keys are used up; until those of all are. Nothing was written that others read.
 __device__ __forceinline__ void say_done() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void all_done() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }

@@ -33,11 +33,6 @@ __device__ __forceinline__ float gelu(float x) {  // tanh form
   return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
-__device__ __forceinline__ u32 there(u32 address, u32 rank) {
-  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
-  return address;
-}
-
 // Store into the other CTA of the pair, and count the bytes on its barrier.
 __device__ __forceinline__ void send(u32 to, float value, u32 barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),

@@ -18,6 +18,13 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return (u32)address;
 }
 
+// Where `address` of this CTA is in CTA `rank` of the cluster.
+__device__ __forceinline__ u32 there(u32 address, u32 rank) {
+  u32 found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
+  return found;
+}
+
 __device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

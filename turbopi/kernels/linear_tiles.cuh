@@ -24,13 +24,7 @@ static_assert(K % (E4M3 ? 16 : 8) == 0 && N % 8 == 0 && COLUMNS % 8 == 0, "whole
 static_assert(BLOCKS >= SPLITS, "a block for each part");
 static_assert(SPLITS == 1 || SPLITS == GROUPS, "a group of rows for each CTA to finish");
 
-#if E4M3
-#define KIND "k32.f32.e4m3.e4m3 "
-#define AS_STORED "1, 1"
-#else
-#define KIND "k16.f32.bf16.bf16 "
-#define AS_STORED "1, 1, 0, 0"
-#endif
+#include "ring.cuh"
 
 // ---------------------------------------------------------------- a cluster
 
@@ -40,30 +34,11 @@ __device__ __forceinline__ u32 cluster_rank() {
   return SPLITS > 1 ? rank : 0;
 }
 
-// Where `address` of this CTA is in CTA `rank` of the cluster.
-__device__ __forceinline__ u32 there(u32 address, u32 rank) {
-  u32 found;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
-  return found;
-}
-
 // All CTAs of the cluster are there, and what they wrote before they said so.
 __device__ __forceinline__ void say_here() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void all_here() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // ---------------------------------------------------------------- copies
-
-struct Ring {
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ u32 data() const { return shared_address(memory) + slot * SLOT_BYTES; }
-  __device__ u32 filled() const { return shared_address(memory) + BARRIERS_AT + slot * 16; }
-  __device__ u32 emptied() const { return filled() + 8; }
-  __device__ void advance() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-};
 
 // The tile of this CTA, and its blocks [first, last) of K. Neighbouring clusters have the same columns.
 struct Work {

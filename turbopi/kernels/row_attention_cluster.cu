@@ -251,12 +251,6 @@ __device__ __forceinline__ void done_reading() {
 
 __device__ __forceinline__ void wait_for_readers() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ u32 in(int rank, u32 address) {
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-
 // This CTA's share of the rows, its parts added up in the order of the CTAs, four dims a thread.
 __device__ __forceinline__ void combine(const Arguments& p, const Place& at, const Small& small, int rank) {
   constexpr int SHARE = ROWS / PARTS;
@@ -267,10 +261,10 @@ __device__ __forceinline__ void combine(const Arguments& p, const Place& at, con
   float2 found[PARTS];
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(found[i].x), "=f"(found[i].y) : "r"(in(i, stats)) : "memory");
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(found[i].x), "=f"(found[i].y) : "r"(there(stats, i)) : "memory");
     asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(sums[i].x), "=f"(sums[i].y), "=f"(sums[i].z), "=f"(sums[i].w)
-                 : "r"(in(i, part))
+                 : "r"(there(part, i))
                  : "memory");
   }
   float best = -1e30f, mass = 0.0f;

@@ -17,28 +17,10 @@ constexpr int WEIGHT_BYTES = ROWS * ROW_BYTES, SLOT_BYTES = WEIGHT_BYTES + TOKEN
 constexpr int BARRIERS_AT = SLOTS * SLOT_BYTES;
 static_assert(K % BLOCK == 0 && N % ROWS == 0 && TOKENS % 8 == 0, "whole tiles");
 
-#if E4M3
-#define KIND "k32.f32.e4m3.e4m3 "
-#define AS_STORED "1, 1"
-#else
-#define KIND "k16.f32.bf16.bf16 "
-#define AS_STORED "1, 1, 0, 0"
-#endif
+#include "ring.cuh"
 
 // d[b][4 j + 2 h + e] is weight row 64 b + 16 w + 8 h + g of the warpgroup's 128, token 8 j + 2 t + e, for lane 4 g + t of warp w.
 typedef float Sums[2][TOKENS / 2];
-
-struct Ring {
-  int slot = 0;
-  u32 parity = 0;
-
-  __device__ u32 data() const { return shared_address(memory) + slot * SLOT_BYTES; }
-  __device__ u32 filled() const { return shared_address(memory) + BARRIERS_AT + slot * 16; }
-  __device__ u32 emptied() const { return filled() + 8; }
-  __device__ void advance() {
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
-  }
-};
 
 // By one thread, which the others wait for.
 __device__ __forceinline__ void prepare_ring() {
