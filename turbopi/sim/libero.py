@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import InputError
 from ..transforms import resize_with_pad
 from .gl import APT_COMMAND, RendererError, choose_gl
-from .substeps import each_state_once
+from .substeps import each_state_once, only_what_is_read
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 # openpi's: the longest training demonstration of each suite, with some room.
@@ -303,7 +303,7 @@ class LiberoEnv:
         return np.roll(quaternion, -1)
 
     def _advance(self, action: Any) -> bool:
-        with each_state_once(self._mujoco, self.raw.sim):
+        with each_state_once(self._mujoco, self.raw.sim), only_what_is_read(self.raw.env):
             _, _, done, _ = self.raw.step(action)
         return bool(done)
 
