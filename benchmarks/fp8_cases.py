@@ -100,7 +100,6 @@ class Operands:
         fused = {"gelu": n, "geglu": n // 2}
         self.hidden = torch.empty(m, fused.get(kind, 0), device="cuda", dtype=E4M3)
         self.hidden16 = bf16(m, fused.get(kind, 0))
-        self._tiled: kernels.TiledGeglu | None = None
 
     @property
     def out(self) -> Tensor:
@@ -125,11 +124,9 @@ class Operands:
         fp8_ops.library_fp8_matmul(self.x, self.weight, self.product, self.bias)
         self._after()
 
-    def tiled(self) -> None:
-        """Hopper's own kernel with everything in it, its weight reordered at the first call."""
-        if self._tiled is None:
-            self._tiled = kernels.tile_geglu(self.weight.values, self.weight.scale, self.weight.inverse)
-        kernels.tiled_geglu(self.x, self._tiled, self.hidden, HIDDEN_INVERSE)
+    def tiled(self, weight: kernels.TiledGeglu) -> None:
+        """Hopper's own kernel with everything in it, the weight in its order."""
+        kernels.tiled_geglu(self.x, weight, self.hidden, HIDDEN_INVERSE)
 
     def scaled_mm(self, *, channels: bool, fast: bool) -> None:
         """cuBLASLt's product alone: scales by row and column or two numbers, accumulated fast or exactly."""
@@ -196,7 +193,8 @@ def product(m: int, n: int, k: int, kind: Kind) -> Fp8Call:
         "exact sums": partial(operands.scaled_mm, channels=True, fast=False),
     }
     if kind == "geglu" and not kernels.geglu_obstacles(n, k, E4M3, operands.x.device):
-        ways["tiled"] = operands.tiled
+        weight = operands.weight
+        ways["tiled"] = partial(operands.tiled, kernels.tile_geglu(weight.values, weight.scale, weight.inverse))
     return Fp8Call(
         run=operands.triton,
         other=operands.library,
