@@ -47,15 +47,16 @@ struct Share {
   }
 };
 
-// Scores, softmax and output of one share, into parts and stats.
-__device__ __forceinline__ void attend(const Share& my, const Mail& mail, const Pace& pace) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  u16 *k_shared = Share::k_shared(), *v_shared = Share::v_shared();
-  u16* q_shared = (u16*)(memory + SUMS_AT);             // (N, K_STRIDE)
-  float* scores = (float*)(q_shared + N * K_STRIDE);    // (COLUMNS, S_STRIDE)
-  u16* weights = (u16*)(scores + COLUMNS * S_STRIDE);   // (COLUMNS, P_STRIDE)
+// What a share's attention keeps in shared memory beside its keys and values: (N, K_STRIDE), (COLUMNS, S_STRIDE) and
+// (COLUMNS, P_STRIDE).
+__device__ __forceinline__ u16* q_shared() { return (u16*)(memory + SUMS_AT); }
+__device__ __forceinline__ float* scores_shared() { return (float*)(q_shared() + N * K_STRIDE); }
+__device__ __forceinline__ u16* weights_shared() { return (u16*)(scores_shared() + COLUMNS * S_STRIDE); }
+
+// A layer's queries, and the suffix's keys and values of this share: all asked for at once, then put down.
+__device__ __forceinline__ void gather(const Share& my, const Mail& mail) {
   const int kv = my.head / (H / KV);
-  // Queries, then the suffix's keys, then its values, all at once. Of a tile eight dims, then their partners.
+  // Of a tile eight dims, then their partners.
   constexpr int EIGHTS = D / 8;
   const auto column = [](int e) { return e % 2 * (D / 2) + e / 2 * 8; };
   const int standing = my.standing(), token = my.first + standing - my.prefix, fresh = (my.count - standing) * EIGHTS;
@@ -88,12 +89,16 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
     for (int r = 0; r < others.ROUNDS; ++r) *(uint4*)(memory + others.to[r]) = others.v[r];
   }
   wait_copies();
-  sync();
-  pace.allow(pace.layer + pace.qkv);
+}
+
+// scores^T = keys x queries^T, a warp sixteen keys of eight tokens at a time.
+__device__ __forceinline__ void score(const Share& my) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
 #pragma unroll 1
-  for (int item = warp; item < my.tiles * GROUPS; item += WARPS) {  // scores^T = keys x queries^T, of eight tokens
+  for (int item = warp; item < my.tiles * GROUPS; item += WARPS) {
     const int tile = item / GROUPS, first = item % GROUPS * 8, of = first + g < N ? first + g : N - 1;
-    const u16 *upper = k_shared + (tile * 16 + g) * K_STRIDE + t * 8, *query = q_shared + of * K_STRIDE + t * 8;
+    const u16* upper = Share::k_shared() + (tile * 16 + g) * K_STRIDE + t * 8;
+    const u16* query = q_shared() + of * K_STRIDE + t * 8;
     constexpr int STEPS = D / 32, BATCH = STEPS % 4 ? 1 : 4;
     float s[4] = {};
 #pragma unroll 1
@@ -113,12 +118,18 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int key = tile * 16 + g + (i >> 1) * 8, token = first + 2 * t + (i & 1);
-      scores[token * S_STRIDE + key] = key < my.count ? s[i] : MINUS_INFINITY;
+      scores_shared()[token * S_STRIDE + key] = key < my.count ? s[i] : MINUS_INFINITY;
     }
   }
-  sync();
+}
+
+// Weights of each token's keys, half a warp a token; the largest score and the sum of weights into stats.
+__device__ __forceinline__ void soften(const Share& my, const Mail& mail) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const float* scores = scores_shared();
+  u16* weights = weights_shared();
 #pragma unroll 1
-  for (int base = warp * 2; base < N; base += WARPS * 2) {  // half a warp a token
+  for (int base = warp * 2; base < N; base += WARPS * 2) {
     constexpr int MOST = (KEYS + 15) / 16;
     const int token = base + (lane >> 4), half = lane & 15;
     float score[MOST], top = MINUS_INFINITY, sum = 0.0f;
@@ -140,10 +151,15 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
     if (half == 0 && token < N)
       tell2(mail.stats + (blockIdx.x * N + token) * 2, __float_as_uint(top), __float_as_uint(sum));
   }
-  sync();
+}
+
+// output^T = values^T x weights^T, a warp sixteen dims at a time or twice sixteen, into parts.
+__device__ __forceinline__ void add_values(const Share& my, const Mail& mail) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const u16 *v_shared = Share::v_shared(), *weights = weights_shared();
   constexpr int AT_ONCE = D / 16 > WARPS ? 2 : 1;  // tiles of dims of a warp
 #pragma unroll 1
-  for (int tile = warp; tile < D / 16; tile += AT_ONCE * WARPS) {  // output^T = values^T x weights^T
+  for (int tile = warp; tile < D / 16; tile += AT_ONCE * WARPS) {
     float o[AT_ONCE][GROUPS][4] = {};
 #pragma unroll 4
     for (int step = 0; step < my.tiles; ++step) {
@@ -175,6 +191,53 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
         tell2(to, __float_as_uint(o[k][j][0]), __float_as_uint(o[k][j][1]));
         tell2(to + 8 * wide, __float_as_uint(o[k][j][2]), __float_as_uint(o[k][j][3]));
       }
+  }
+}
+
+// Scores, softmax and output of one share, into parts and stats.
+__device__ __forceinline__ void attend(const Share& my, const Mail& mail, const Pace& pace) {
+  gather(my, mail);
+  sync();
+  pace.allow(pace.layer + pace.qkv);
+  score(my);
+  sync();
+  soften(my, mail);
+  sync();
+  add_values(my, mail);
+}
+
+// How much a CTA's part of a token weighs among its head's, from what was `found` in stats: SPLITS lanes a token, of which
+// those that are there write.
+__device__ __forceinline__ void weigh(uint2 found, bool there, float& share) {
+  const float mine = __uint_as_float(found.x);
+  float top = mine;
+#pragma unroll
+  for (int offset = SPLITS / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+  const float weight = __expf(mine - top);
+  float sum = weight * __uint_as_float(found.y);
+#pragma unroll
+  for (int offset = SPLITS / 2; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (there) share = weight / sum;
+}
+
+// The head's output in this CTA's dims: its (SPLITS, DIMS, EVEN) pieces by their (SPLITS, N) shares.
+__device__ __forceinline__ void add_pieces(const Share& my, const Mail& mail, const float* pieces, const float* shares,
+                                           float inverse) {
+  constexpr int PAIRS = DIMS / 2;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < up_to(32, N * PAIRS); i += THREADS) {
+    const int token = i / PAIRS < N ? i / PAIRS : N - 1, dim = i % PAIRS * 2;
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int r = 0; r < SPLITS; ++r) {
+      const float share = shares[r * N + token];
+      const float* piece = pieces + (r * DIMS + dim) * EVEN + token;
+      sum.x += share * piece[0], sum.y += share * piece[EVEN];
+    }
+    u32 word = FP8 ? narrow2_e4m3(sum.x * inverse, sum.y * inverse) : narrow2(sum.x, sum.y);
+    if constexpr (FP8) word |= __shfl_down_sync(0xffffffffu, word, 1) << 16;
+    if (i < N * PAIRS && (!FP8 || i % 2 == 0))
+      tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / PER_WORD, word);
   }
 }
 
@@ -220,31 +283,8 @@ __device__ __forceinline__ void combine(const Share& my, const Mail& mail, const
   if (weighs) {
     while (found.x == EMPTY || found.y == EMPTY) found = ask2(stats);
     __syncwarp();
-    const float mine = __uint_as_float(found.x);
-    float top = mine;
-#pragma unroll
-    for (int offset = SPLITS / 2; offset; offset >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-    const float weight = __expf(mine - top);
-    float sum = weight * __uint_as_float(found.y);
-#pragma unroll
-    for (int offset = SPLITS / 2; offset; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (i / SPLITS < N) shares[r * N + of] = weight / sum;
+    weigh(found, i / SPLITS < N, shares[r * N + of]);
   }
   sync();
-  constexpr int PAIRS = DIMS / 2;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < up_to(32, N * PAIRS); i += THREADS) {
-    const int token = i / PAIRS < N ? i / PAIRS : N - 1, dim = i % PAIRS * 2;
-    float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-    for (int r = 0; r < SPLITS; ++r) {
-      const float share = shares[r * N + token];
-      const float* piece = pieces + (r * DIMS + dim) * EVEN + token;
-      sum.x += share * piece[0], sum.y += share * piece[EVEN];
-    }
-    u32 word = FP8 ? narrow2_e4m3(sum.x * inverse, sum.y * inverse) : narrow2(sum.x, sum.y);
-    if constexpr (FP8) word |= __shfl_down_sync(0xffffffffu, word, 1) << 16;
-    if (i < N * PAIRS && (!FP8 || i % 2 == 0))
-      tell(mail.attended + (token * H * D + my.head * D + my.rank * DIMS + dim) / PER_WORD, word);
-  }
+  add_pieces(my, mail, pieces, shares, inverse);
 }
