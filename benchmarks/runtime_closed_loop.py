@@ -34,6 +34,7 @@ from rich.table import Table
 from turbopi import RuntimeConfig
 from turbopi.bench import write_receipt
 from turbopi.runtime import ChunkingConfig, ReuseConfig, RtcConfig, SimilarityGate
+from turbopi.runtime.config import ReuseMode
 from turbopi.runtime.presets import RECOMMENDED
 from turbopi.sim.episodes_file import EpisodeRecord, read_records
 from turbopi.sim.evaluate import EvalConfig
@@ -46,6 +47,7 @@ STEPS, EVERY = (1, 2, 3, 5, 10), (1, 2, 3, 4, 5)
 BEST_FIRST = ((5, 1), (3, 1), (1, 1), (2, 1), (10, 2), (10, 3), (5, 2), (3, 2), (1, 2), (10, 5), (10, 4), (5, 3))
 THRESHOLDS = (0.985, 0.99, 0.95, 0.995, 0.98, 0.999, 0.97, 1.0)
 MODE_THRESHOLDS = (0.985, 0.95)
+PARTS: tuple[ReuseMode, ...] = ("vision_only", "state_only")
 DELAYS = (2, 4, 1, 5, 3, 8, 6, 7, 0)
 REPLAN = 5
 STAND_STILL = (0.0,) * 6 + (None,)
@@ -138,11 +140,13 @@ def threshold_settings() -> Iterator[Setting]:
 
 
 def mode_settings() -> Iterator[Setting]:
-    """Synchronised against mixed parts of the same ages; then each mode at the notes' thresholds."""
+    """Synchronised against mixed parts of the same ages; one part old; then each mode at the notes' thresholds."""
     for every in (2, 4):
         for synchronised in (True, False):
             name = f"{'synchronised' if synchronised else 'mixed'}_every{every}"
             yield Setting(name, "modes", RuntimeConfig(reuse=ReuseConfig(every=every, synchronised=synchronised)))
+    for mode in PARTS:
+        yield Setting(f"{mode}_every2", "modes", RuntimeConfig(reuse=ReuseConfig(mode, every=2)))
     for threshold in MODE_THRESHOLDS:
         for mode in ("full", "vision_only", "state_only", "text_fixed", "layer_wise"):
             layers = 3 if mode == "layer_wise" else None

@@ -181,6 +181,7 @@ def mode_table(options: Options) -> str | None:
     if not rows:
         return None
     names = [f"{kind}_every{every}" for every in (2, 4) for kind in ("synchronised", "mixed")]
+    names += [f"{mode}_every2" for mode in ("vision_only", "state_only")]
     modes = ("full", "vision_only", "state_only", "text_fixed", "layer_wise")
     names += [f"{mode}_{threshold:g}" for threshold in (0.985, 0.95) for mode in modes]
     lines = []
