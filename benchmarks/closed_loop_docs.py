@@ -9,7 +9,7 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,13 +153,18 @@ def draw_knobs(results: dict[str, Any], picture: Path) -> Path:
     return picture
 
 
-def points(axes: Axes, x: list[float], rows: list[dict[str, Any]], colour: str, label: str, line: bool = False) -> None:
-    """Success rates with their intervals."""
+def rates_and_whiskers(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Success rates in percent, and how far their intervals reach below and above."""
     rates = [100 * r["rate"] for r in rows]
     low = [rate - 100 * r["interval"][0] for rate, r in zip(rates, rows, strict=True)]
     high = [100 * r["interval"][1] - rate for rate, r in zip(rates, rows, strict=True)]
     # An interval's end may lie a rounding error inside the rate.
-    whiskers = [[max(0.0, v) for v in side] for side in (low, high)]
+    return rates, [[max(0.0, v) for v in side] for side in (low, high)]
+
+
+def points(axes: Axes, x: list[float], rows: list[dict[str, Any]], colour: str, label: str, line: bool = False) -> None:
+    """Success rates with their intervals."""
+    rates, whiskers = rates_and_whiskers(rows)
     axes.errorbar(x, rates, whiskers, fmt="o-" if line else "o", color=colour, capsize=3, label=label)
 
 

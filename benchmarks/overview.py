@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from closed_loop_docs import rates_and_whiskers
 from doc_tables import IMAGES, RESULTS, receipt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -99,12 +100,7 @@ def draw_ticks(axes: Axes, measured: Mapping[str, float]) -> None:
 def draw_success(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """A bar each with its 95 % interval; red where the paired test shows it to be worse."""
     names = list(reversed(rows))
-    rates = [100 * rows[n]["rate"] for n in names]
-    ends = [rows[n]["interval"] for n in names]
-    whiskers = [
-        [max(0.0, rate - 100 * end[0]) for rate, end in zip(rates, ends, strict=True)],
-        [max(0.0, 100 * end[1] - rate) for rate, end in zip(rates, ends, strict=True)],
-    ]
+    rates, whiskers = rates_and_whiskers([rows[n] for n in names])
     worse = [rows[n]["p_value"] < 0.05 and rows[n]["only_reference"] > rows[n]["only_this"] for n in names]
     colours = [BAD if each else GOOD for each in worse]
     axes.barh(names, rates, xerr=whiskers, color=colours, alpha=0.75, error_kw={"capsize": 2, "lw": 1})

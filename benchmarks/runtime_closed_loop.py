@@ -24,7 +24,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 from doc_tables import RESULTS
@@ -148,9 +148,9 @@ def mode_settings() -> Iterator[Setting]:
     for mode in PARTS:
         yield Setting(f"{mode}_every2", "modes", RuntimeConfig(reuse=ReuseConfig(mode, every=2)))
     for threshold in MODE_THRESHOLDS:
-        for mode in ("full", "vision_only", "state_only", "text_fixed", "layer_wise"):
+        for mode in get_args(ReuseMode):
             layers = 3 if mode == "layer_wise" else None
-            reuse = ReuseConfig(mode, gate=SimilarityGate(threshold), layers=layers)  # type: ignore[arg-type]
+            reuse = ReuseConfig(mode, gate=SimilarityGate(threshold), layers=layers)
             yield Setting(f"{mode}_{threshold:g}", "modes", RuntimeConfig(reuse=reuse))
 
 

@@ -10,7 +10,7 @@ is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from closed_loop_docs import finished, points
 from doc_tables import IMAGES, RESULTS, ROOT, fill, markdown_table
 from matplotlib.figure import Figure
 from paired_runs import success_cells
+from runtime_closed_loop import mode_settings
 
 from turbopi.report.pareto import Point, pareto_front
 
@@ -54,9 +55,10 @@ def main() -> None:
     fill(options.page, {name: partial(make, options) for name, make in TABLES.items()}, options.write)
     if options.write:
         rows = settings(options)
-        for name, draw in {"thresholds": draw_thresholds, "delays": draw_delays, "pareto": draw_pareto}.items():
+        pareto = partial(draw_pareto, full_size_ticks(options, rows))
+        for name, draw in {"thresholds": draw_thresholds, "delays": draw_delays, "pareto": pareto}.items():
             if any(draws(row, name) for row in rows.values()):
-                draw(options, rows, options.images / f"runtime_{name}.svg")
+                draw(rows, options.images / f"runtime_{name}.svg")
 
 
 def receipt(options: Options, name: str) -> dict[str, Any] | None:
@@ -145,20 +147,24 @@ def reuse_table(options: Options) -> str | None:
     return markdown_table(("steps", *(f"every {n}" for n in range(1, 6))), lines)
 
 
-def full_size_tick(options: Options, row: dict[str, Any]) -> tuple[float, float] | None:
-    """Mean and p99 of a row's tick, ms, had the full size played it: measured full and fast ticks at its rate of reuse.
+def full_size_ticks(options: Options, rows: Rows) -> dict[str, tuple[float, float]]:
+    """Mean and p99 of each row's tick, ms, had the full size played it: its measured ticks at the row's rate of reuse.
 
-    Where a gate compares image tokens, a tick that reuses the prefix has run stage 1. None without latencies of its
-    steps.
+    Where a gate compares image tokens, a tick that reuses the prefix has run stage 1. Rows whose steps were not timed
+    are left out.
     """
-    latency, runtime = receipt(options, "runtime_latency"), row["runtime"]
-    found = None if latency is None else latency["steps"].get(str(runtime["steps"]))
-    if found is None:
-        return None
-    reused = row["reuse_rate"] or 0.0
-    looked = found["stages"]["encode_images"]["median_ms"] if (runtime.get("reuse") or {}).get("gate") else 0.0
-    mean = (1 - reused) * found["full"]["median_ms"] + reused * (found["fast"]["median_ms"] + looked)
-    return mean, found["full"]["p99_ms"]
+    latency = receipt(options, "runtime_latency")
+    ticks: dict[str, tuple[float, float]] = {}
+    for name, row in rows.items():
+        runtime = row["runtime"]
+        found = None if latency is None else latency["steps"].get(str(runtime["steps"]))
+        if found is None:
+            continue
+        reused = row["reuse_rate"] or 0.0
+        looked = found["stages"]["encode_images"]["median_ms"] if (runtime.get("reuse") or {}).get("gate") else 0.0
+        mean = (1 - reused) * found["full"]["median_ms"] + reused * (found["fast"]["median_ms"] + looked)
+        ticks[name] = mean, found["full"]["p99_ms"]
+    return ticks
 
 
 def threshold_table(options: Options) -> str | None:
@@ -166,10 +172,9 @@ def threshold_table(options: Options) -> str | None:
     rows = settings(options)
     if not rows:
         return None
-    lines = []
+    lines, ticks = [], full_size_ticks(options, rows)
     for threshold in (1.0, 0.999, 0.995, 0.99, 0.985, 0.98, 0.97, 0.95):
-        row = rows.get(f"tokens{threshold:g}")
-        tick = None if row is None else full_size_tick(options, row)
+        row, tick = rows.get(f"tokens{threshold:g}"), ticks.get(f"tokens{threshold:g}")
         rate = "" if row is None else f"{100 * row['reuse_rate']:.0f} %"
         lines.append((f"{threshold:g}", *cells(row), rate, "" if tick is None else f"{tick[0]:.2f}"))
     return markdown_table(("threshold", "success", "interval", "p", "reuse rate", "mean tick at full size, ms"), lines)
@@ -180,14 +185,10 @@ def mode_table(options: Options) -> str | None:
     rows = settings(options, EAGER)
     if not rows:
         return None
-    names = [f"{kind}_every{every}" for every in (2, 4) for kind in ("synchronised", "mixed")]
-    names += [f"{mode}_every2" for mode in ("vision_only", "state_only")]
-    modes = ("full", "vision_only", "state_only", "text_fixed", "layer_wise")
-    names += [f"{mode}_{threshold:g}" for threshold in (0.985, 0.95) for mode in modes]
     lines = []
-    for name in names:
-        row = rows.get(name)
-        lines.append((name, *cells(row), "" if row is None else f"{100 * row['reuse_rate']:.0f} %"))
+    for setting in mode_settings():
+        row = rows.get(setting.name)
+        lines.append((setting.name, *cells(row), "" if row is None else f"{100 * row['reuse_rate']:.0f} %"))
     return markdown_table(("setting", "success", "interval", "p", "reuse rate"), lines)
 
 
@@ -217,11 +218,12 @@ def delay_lines(rows: Rows, always: tuple[str, ...]) -> str:
     return markdown_table(("delay, ticks", "next chunk", "success", "interval", "p", "jerk", "ticks held"), lines)
 
 
-def pareto_points(options: Options, rows: Rows) -> list[Point]:
+def pareto_points(ticks: Mapping[str, tuple[float, float]], rows: Rows) -> list[Point]:
     """Every row that plays chunks as a client does, by its mean tick at full size."""
-    ticks = {row["name"]: full_size_tick(options, row) for row in rows.values() if row["group"] != "delays"}
     return [
-        Point(name, tick[0], rows[name]["rate"], tuple(rows[name]["interval"])) for name, tick in ticks.items() if tick
+        Point(name, mean, rows[name]["rate"], tuple(rows[name]["interval"]))
+        for name, (mean, _) in ticks.items()
+        if rows[name]["group"] != "delays"
     ]
 
 
@@ -230,11 +232,11 @@ def pareto_table(options: Options) -> str | None:
     rows = settings(options)
     if not rows:
         return None
-    lines = []
-    for point in pareto_front(pareto_points(options, rows)):
-        row = rows[point.name]
-        _, p99 = full_size_tick(options, row) or (0.0, 0.0)
-        lines.append((point.name, *success_cells(row), f"{point.ms:.2f}", f"{p99:.2f}", f"{1e3 / point.ms:.0f}"))
+    lines, ticks = [], full_size_ticks(options, rows)
+    for point in pareto_front(pareto_points(ticks, rows)):
+        _, p99 = ticks[point.name]
+        numbers = (f"{point.ms:.2f}", f"{p99:.2f}", f"{1e3 / point.ms:.0f}")
+        lines.append((point.name, *success_cells(rows[point.name]), *numbers))
     header = ("setting", "success", "interval", "p", "mean tick at full size, ms", "p99, ms", "Hz")
     return markdown_table(header, lines)
 
@@ -268,7 +270,7 @@ TABLES: dict[str, Callable[[Options], str | None]] = {
 }
 
 
-def draw_thresholds(_: Options, rows: Rows, picture: Path) -> None:
+def draw_thresholds(rows: Rows, picture: Path) -> None:
     """Success and reuse rate against 1 - threshold."""
     found = sorted((r for r in rows.values() if r["group"] == "thresholds"), key=lambda r: r["name"])
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -287,7 +289,7 @@ def draw_thresholds(_: Options, rows: Rows, picture: Path) -> None:
     finished(figure, axes, picture)
 
 
-def draw_delays(_: Options, rows: Rows, picture: Path) -> None:
+def draw_delays(rows: Rows, picture: Path) -> None:
     """Success and jerk against the delay, with and without real-time chunking."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -304,11 +306,11 @@ def draw_delays(_: Options, rows: Rows, picture: Path) -> None:
     finished(figure, right, picture)
 
 
-def draw_pareto(options: Options, rows: Rows, picture: Path) -> None:
+def draw_pareto(ticks: Mapping[str, tuple[float, float]], rows: Rows, picture: Path) -> None:
     """Success against the mean tick at full size; the front joined."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    every = pareto_points(options, rows)
+    every = pareto_points(ticks, rows)
     front = pareto_front(every)
     points(axes, [p.ms for p in every], [rows[p.name] for p in every], "tab:gray", "settings")
     axes.plot([p.ms for p in front], [100 * p.rate for p in front], "-", color="tab:blue", label="front")

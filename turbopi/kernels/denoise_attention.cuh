@@ -206,8 +206,8 @@ __device__ __forceinline__ void attend(const Share& my, const Mail& mail, const 
   add_values(my, mail);
 }
 
-// How much a CTA's part of a token weighs among its head's, from what was `found` in stats: SPLITS lanes a token, of which
-// those that are there write.
+// How much a CTA's part of a token weighs among its head's, from what was `found` in stats: SPLITS lanes a token, of
+// which those that are there write.
 __device__ __forceinline__ void weigh(uint2 found, bool there, float& share) {
   const float mine = __uint_as_float(found.x);
   float top = mine;
