@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from doc_tables import IMAGES, RESULTS, ROOT, fill, markdown_table, receipt
+from doc_tables import IMAGES, RESULTS, ROOT, fill, markdown_table, receipt, save_picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from paired_runs import success_cells
@@ -172,8 +172,7 @@ def finished(figure: Figure, axes: Axes, picture: Path) -> Path:
     """Grid and legend, and the file."""
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    save_picture(figure, picture)
     return picture
 
 

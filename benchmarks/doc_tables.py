@@ -1,4 +1,7 @@
-"""Tables in docs/, made from receipts, each between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a page."""
+"""Tables and pictures in docs/, made from receipts.
+
+A table stands between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of a page.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,6 +25,13 @@ class Options:
 
     write: bool = False
     """Put the tables into the page, instead of only printing them."""
+
+
+def save_picture(figure: Figure, picture: Path) -> None:
+    """Write an SVG whose bytes depend on nothing but what it shows."""
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": picture.name}):
+        figure.savefig(picture, metadata={"Date": None})
 
 
 def fill(page: Path, tables: Mapping[str, Callable[[], str | None]], write: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 from closed_loop_docs import rates_and_whiskers
-from doc_tables import IMAGES, RESULTS, receipt
+from doc_tables import IMAGES, RESULTS, receipt, save_picture
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -53,8 +53,7 @@ def main() -> None:
     left, right = figure.subplots(1, 2)
     draw_ticks(left, ticks(options.results))
     draw_success(right, success(options.results))
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.picture)
+    save_picture(figure, options.picture)
     print(f"wrote {options.picture}")
 
 
