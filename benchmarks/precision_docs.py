@@ -122,7 +122,7 @@ def precision_table(receipts: Receipts) -> str:
         "tick `libero`, ms (stages)",
         "tick `full`, ms",
         "weights, GB",
-        "error of the actions (worst frame)",
+        "error of the actions, median (worst)",
         "audit",
         "success of 200",
         "interval",
@@ -138,7 +138,7 @@ def _row(name: str, receipts: Receipts) -> tuple[str, ...]:
     if name == REFERENCE:
         far = "0, the reference"
     elif error is not None:
-        far = f"{error['relative_error']['actions']:.1e} ({error['worst_frame']:.1e})"
+        far = f"{error['median_frame']:.1e} ({error['worst_frame']:.1e})"
     cells = (NOT_RUN, "", "") if success is None else success_cells(success)
     if name == BF16 and success is not None:
         cells = (*cells[:2], "")
@@ -222,6 +222,7 @@ def error_table(receipts: Receipts) -> str:
         "keys",
         "values",
         "actions",
+        "median frame",
         "worst frame",
         "largest difference",
         "cosine",
@@ -231,20 +232,20 @@ def error_table(receipts: Receipts) -> str:
         if name == REFERENCE:
             continue
         stages = [f"{row['relative_error'][stage]:.1e}" for stage in ("image_tokens", "keys", "values", "actions")]
-        closer = (f"{row['worst_frame']:.1e}", f"{row['largest_difference']:.1e}", f"{row['cosine']:.5f}")
-        rows.append((f"`{name}`", *stages, *closer))
+        closer = [f"{row[figure]:.1e}" for figure in ("median_frame", "worst_frame", "largest_difference")]
+        rows.append((f"`{name}`", *stages, *closer, f"{row['cosine']:.5f}"))
     return markdown_table(header, rows) if rows else NOT_RUN
 
 
 def observer_table(receipts: Receipts) -> str:
-    """Error of the actions by observer, a column a precision."""
+    """Median error of the actions by observer, a column a precision."""
     errors: dict[str, dict[str, float]] = {}
     rows = [row for row in receipts.errors.values() if row["engine"] == "eager"]
     for row in (*rows, *receipts.observers):
         made = row["calibration"]
         if made is not None:
             observer = made["observer"] if made["observer"] == "max" else f"percentile {made['percentile']:g}"
-            errors.setdefault(observer, {}).setdefault(row["precision"], row["relative_error"]["actions"])
+            errors.setdefault(observer, {}).setdefault(row["precision"], row["median_frame"])
     precisions = tuple(dict.fromkeys(precision for found in errors.values() for precision in found))
     cells = [
         (observer, *(f"{found[p]:.1e}" if p in found else NOT_RUN for p in precisions))

@@ -1,9 +1,9 @@
 """How far each precision is from float32 on real frames, and how many bytes its weights take.
 
-    python benchmarks/precision_errors.py                       # this machine; pi05-libero-small takes a minute
+    python benchmarks/precision_errors.py                       # this machine; pi05-libero-small takes 8 minutes
     python benchmarks/precision_errors.py --device cuda --engines eager turbo --precisions bf16 fp8
 
-Every frame goes through every precision with the same noise. Free-running: each stage reads what the stage before it
+Every frame goes through every precision with the same noises. Free-running: each stage reads what the stage before it
 made. The reference is the engine "eager" in fp32. The receipt is benchmarks/results/precision_errors.json.
 Bytes of the full-size π0.5 are counted from its shapes, not measured.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, cast, get_args
 
 import torch
@@ -63,13 +64,16 @@ class Options:
     """Ways to run them; a precision that an engine does not run is left out."""
     steps: int = 10
     """Flow-matching evaluations."""
+    noises: int = 5
+    """Of each frame: what one noise shows of an error in the actions is mostly chance."""
     device: str = "auto"
     """Of all engines."""
     receipt: Path = RESULTS / "precision_errors.json"
     """The receipt."""
 
 
-Ticks = Sequence[tuple[ModelInput, Tensor]]
+Ticks = Sequence[tuple[ModelInput, Sequence[Tensor]]]
+"""Frames, each with its noises (1,H,32)."""
 
 
 def main() -> None:
@@ -77,7 +81,8 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     reference = open_policy(options, "eager", "fp32")
     frames = read_frames(options.frames, reference.transforms.robot)
-    ticks = list(model_inputs(reference, frames, minimum=1))
+    drawn = [list(model_inputs(reference, frames, minimum=1, seed=seed)) for seed in range(options.noises)]
+    ticks = [(same[0][0], [noise for _, noise in same]) for same in zip(*drawn, strict=True)]
     expected = stages(reference.engine, ticks, options.steps)
     rows = []
     for engine in options.engines:
@@ -111,16 +116,16 @@ def open_policy(options: Options, engine: str, precision: str) -> Policy:
 
 
 def stages(engine: Engine, ticks: Ticks, steps: int) -> dict[str, list[Tensor]]:
-    """What each stage makes of every tick, float64 on the CPU; of the PrefixCache, the valid keys and values."""
+    """What each stage makes of every frame, float64 on the CPU: valid keys and values, actions of every noise."""
     found: dict[str, list[Tensor]] = {"image_tokens": [], "keys": [], "values": [], "actions": []}
-    for inputs, noise in ticks:
+    for inputs, noises in ticks:
         tokens = engine.encode_images(inputs.images, inputs.image_mask)
         found["image_tokens"].append(_wide(tokens[inputs.image_mask.to(tokens.device)]))
         cache = engine.prefill(tokens, inputs.image_mask, inputs.tokens, inputs.token_mask)
         length = int(cache.lengths[0])
         found["keys"].append(torch.stack([_wide(keys[:, :, :length]) for keys in cache.keys]))
         found["values"].append(torch.stack([_wide(values[:, :, :length]) for values in cache.values]))
-        found["actions"].append(_wide(engine.denoise(cache, inputs.state, noise, steps)))
+        found["actions"].extend(_wide(engine.denoise(cache, inputs.state, noise, steps)) for noise in noises)
     return found
 
 
@@ -129,12 +134,14 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def errors(found: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> dict[str, Any]:
-    """Relative error of each stage over all frames, and of the actions more closely."""
+    """Relative error of each stage over all frames, and of the actions more closely: of each frame and noise."""
     relative = {stage: _relative(found[stage], expected[stage]) for stage in found}
     each = [float((a - b).norm() / b.norm()) for a, b in zip(found["actions"], expected["actions"], strict=True)]
     a, b = torch.cat(found["actions"]).flatten(), torch.cat(expected["actions"]).flatten()
     return {
         "relative_error": relative,
+        "each": each,
+        "median_frame": median(each),
         "worst_frame": max(each),
         "largest_difference": float((a - b).abs().max()),
         "cosine": float(torch.nn.functional.cosine_similarity(a, b, dim=0)),
@@ -177,6 +184,7 @@ def table(results: Mapping[str, Any]) -> Table:
         "keys",
         "values",
         "actions",
+        "median frame",
         "worst frame",
         "cosine",
         "weights, MB",
@@ -186,8 +194,8 @@ def table(results: Mapping[str, Any]) -> Table:
         relative, held = row["relative_error"], row["weight_bytes"]
         size = "" if held is None else f"{sum(held.values()) / 1e6:.1f}"
         cells = [f"{relative[stage]:.1e}" for stage in ("image_tokens", "keys", "values", "actions")]
-        worst = f"{row['worst_frame']:.1e}"
-        shown.add_row(row["engine"], row["precision"], *cells, worst, f"{row['cosine']:.5f}", size)
+        cells += [f"{row[name]:.1e}" for name in ("median_frame", "worst_frame")]
+        shown.add_row(row["engine"], row["precision"], *cells, f"{row['cosine']:.5f}", size)
     return shown
 
 
