@@ -307,17 +307,29 @@ def draw_delays(rows: Rows, picture: Path) -> None:
 
 
 def draw_pareto(ticks: Mapping[str, tuple[float, float]], rows: Rows, picture: Path) -> None:
-    """Success against the mean tick at full size; the front joined."""
+    """Success against the mean tick at full size, a colour for each kind of reuse; the front joined."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    every = pareto_points(ticks, rows)
-    front = pareto_front(every)
-    points(axes, [p.ms for p in every], [rows[p.name] for p in every], "tab:gray", "settings")
-    axes.plot([p.ms for p in front], [100 * p.rate for p in front], "-", color="tab:blue", label="front")
-    for point in front:
-        axes.annotate(point.name, (point.ms, 100 * point.rate), (4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="mean tick at full size on an H200, ms", ylabel="success, %", ylim=(-4, 104))
+    everything = pareto_points(ticks, rows)
+    kinds = {point.name: reuse_kind(rows[point.name]["runtime"].get("reuse", {})) for point in everything}
+    for number, kind in enumerate(sorted(set(kinds.values()))):
+        found = [point for point in everything if kinds[point.name] == kind]
+        points(axes, [p.ms for p in found], [rows[p.name] for p in found], f"C{number}", kind)
+    for point in everything:
+        if "gate" not in rows[point.name]["runtime"].get("reuse", {}):
+            steps = str(rows[point.name]["runtime"]["steps"])
+            axes.annotate(steps, (point.ms, 100 * point.rate), (4, 5), textcoords="offset points", fontsize=8)
+    front = pareto_front(everything)
+    axes.plot([p.ms for p in front], [100 * p.rate for p in front], "-", color="black", alpha=0.4, label="front")
+    axes.set(xlabel="mean tick at full size on an H200, ms (a number is of steps)", ylabel="success, %", ylim=(-4, 104))
     finished(figure, axes, picture)
+
+
+def reuse_kind(reuse: Mapping[str, Any]) -> str:
+    """Which points share a colour."""
+    if "gate" in reuse:
+        return "prefix behind a gate, 10 steps"
+    return f"prefix at one inference in {reuse['every']}" if "every" in reuse else "prefix at every inference"
 
 
 if __name__ == "__main__":
