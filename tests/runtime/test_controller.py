@@ -70,6 +70,29 @@ def test_a_delay_longer_than_the_rest_of_the_chunk_is_held_and_said() -> None:
     assert controller.report()["held"] == 2
 
 
+@pytest.mark.parametrize(
+    ("replan", "delay", "held", "begun"), [(5, 5, 0, range(0, 21, 5)), (5, 6, 3, (0, 5, 11, 17)), (1, 1, 0, range(21))]
+)
+def test_the_next_inference_begins_when_the_last_ones_chunk_is_there(
+    replan: int, delay: int, held: int, begun: Any
+) -> None:
+    controller = Controller(Counts(chunking={"replan": replan, "delay": delay}))
+    acts = [controller.act(dict) for _ in range(21)]
+    assert [tick for tick, act in enumerate(acts) if act.inferred_ms is not None] == list(begun)
+    assert controller.held == held
+
+
+def test_what_a_caller_does_to_an_action_is_not_held() -> None:
+    controller = Controller(Counts(chunking={"replan": 10, "delay": 3}))
+    seen = []
+    for _ in range(13):
+        action = controller.act(dict).action
+        seen.append(action.tolist())
+        action *= -1
+    assert seen[9:] == [[0, 9]] * 4
+    assert controller.held == 3
+
+
 def test_holding_may_be_forbidden() -> None:
     controller = Controller(Counts(chunking={"delay": 7, "max_hold": 1}))
     assert [controller.act(dict).held for _ in range(11)] == [False] * 10 + [True]
@@ -154,6 +177,18 @@ def test_a_thread_infers_while_the_loop_goes_on() -> None:
         time.sleep(0.001)
     assert tuple(controller.act(dict).action) == (1, 3)
     assert controller.latency.longest == 3
+    inference.close()
+
+
+def test_a_thread_that_is_quick_enough_infers_at_every_tick() -> None:
+    inference = ThreadedInference()
+    controller = Controller(Counts(chunking={"replan": 1}), inference)
+    begun = []
+    for _ in range(6):
+        begun.append(controller.act(dict).inferred_ms is not None)
+        while inference.busy and not inference._running.done():  # type: ignore[union-attr]
+            time.sleep(0.001)
+    assert begun == [True] * 6
     inference.close()
 
 

@@ -101,6 +101,8 @@ class Controller:
             InputError, ValueError: of the policy.
             StaleChunkError: no chunk for more than `max_hold` ticks.
         """
+        if self._last is not None:
+            self._take(wait=False)  # first, so that a chunk which is there does not keep the next from being begun
         inferred_ms = self._begin(observe) if self._due else None
         self._take(wait=self._last is None)
         action = self.plan.at(self.tick)
@@ -109,7 +111,7 @@ class Controller:
             action = self._hold()
         else:
             self._held_in_a_row = 0
-        self._last = action
+        self._last = action.copy()  # the caller may write into what it is given
         self.tick += 1
         return Act(action, inferred_ms, held)
 
