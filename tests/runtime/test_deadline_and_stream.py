@@ -130,6 +130,33 @@ def test_a_moving_state_is_enough_to_find_frozen_cameras() -> None:
     assert events.counts == {"frozen": 2}
 
 
+def test_a_camera_that_stopped_while_the_robot_rested_is_found_when_it_moves() -> None:
+    stream, events = watch(frozen_after=4)
+    for tick in range(40):
+        stream.look(tick, {"base": frame(max(0, tick - 30)), "wrist": frame(7)}, np.full(3, max(0.0, tick - 30.0)))
+    assert events.counts == {"frozen": 1}
+    assert "wrist has shown" in events.latest[0].message
+    assert events.latest[0].tick == 34
+
+
+def test_a_refused_stamp_leaves_no_trace() -> None:
+    stream, events = watch()
+    stream.check(0, Stamp(1, 1.0), 0.0)
+    with pytest.raises(InputError, match="time is nan"):
+        stream.check(1, Stamp(900, float("nan")), 0.05)
+    stream.check(1, Stamp(2, 1.05), 0.05)
+    assert not events.counts
+
+
+def test_stamps_without_a_time_do_not_move_the_clock() -> None:
+    stream, events = watch(max_gap_s=10.0)
+    stream.check(0, Stamp(0, 1.0), 0.0)
+    for tick in range(1, 100):
+        stream.check(tick, Stamp(tick), 0.2 * tick)
+    stream.check(100, Stamp(100, 21.0), 20.0)
+    assert events.counts == {"gap": 1}
+
+
 def test_cameras_that_go_and_come_back() -> None:
     stream, events = watch()
     for tick, names in enumerate((["a", "b"], ["a"], ["a", "b"])):

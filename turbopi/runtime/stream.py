@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,7 +40,6 @@ class StreamWatch:
         self._frames: dict[str, int] = {}
         self._still: dict[str, int] = {}
         self._state: bytes | None = None
-        self._moved: deque[bool] = deque(maxlen=self.config.frozen_after)
 
     def check(self, tick: int, stamp: Stamp | None, now_s: float) -> None:
         """The observation's stamp, against the one before and against the host's clock `now_s` (monotonic seconds).
@@ -50,43 +48,53 @@ class StreamWatch:
         """
         if stamp is None:
             return
+        # Both are looked at before either is kept: an observation that is refused leaves no trace.
         if stamp.number is not None:
-            self._check_number(tick, stamp.number)
+            self._check_number(stamp.number)
         if stamp.time_s is not None:
-            self._check_time(tick, stamp.time_s, now_s)
-        self._heard_s = now_s
+            self._check_time(stamp.time_s)
+        if stamp.number is not None:
+            self._keep_number(tick, stamp.number)
+        if stamp.time_s is not None:
+            self._keep_time(tick, stamp.time_s, now_s)
 
-    def _check_number(self, tick: int, number: int) -> None:
+    def _check_number(self, number: int) -> None:
         last = self._number
         if last is not None and number < last:
             raise InputError(
                 f"observation {number} came after observation {last}: out of order; send frames in the order in which "
                 "they were taken, and drop late ones"
             )
+
+    def _check_time(self, time_s: float) -> None:
+        last = self._time_s
+        if not np.isfinite(time_s):
+            raise InputError(f"the observation's time is {time_s}, expected seconds")
+        if last is not None and time_s < last:
+            raise InputError(
+                f"the observation was taken {last - time_s:.3f} s before the one before it: out of order, or the "
+                "client's clock was set back; send monotonic times, and reset the policy after setting a clock"
+            )
+
+    def _keep_number(self, tick: int, number: int) -> None:
+        last = self._number
         if number == last:
             self._events.add(tick, "duplicate", f"observation {number} came twice")
         elif last is not None and number > last + 1:
             self._events.add(tick, "missing", f"observations {last + 1} to {number - 1} are missing")
         self._number = number
 
-    def _check_time(self, tick: int, time_s: float, now_s: float) -> None:
+    def _keep_time(self, tick: int, time_s: float, now_s: float) -> None:
         last, heard = self._time_s, self._heard_s
-        if not np.isfinite(time_s):
-            raise InputError(f"the observation's time is {time_s}, expected seconds")
         if last is not None and heard is not None:
             passed, elapsed = time_s - last, now_s - heard
-            if passed < 0:
-                raise InputError(
-                    f"the observation was taken {-passed:.3f} s before the one before it: out of order, or the "
-                    "client's clock was set back; send monotonic times, and reset the policy after setting a clock"
-                )
             if abs(passed - elapsed) > self.config.max_gap_s:
                 self._events.add(
                     tick, "clock", f"the client's clock moved {passed:.3f} s while {elapsed:.3f} s passed here"
                 )
             elif passed > self.config.max_gap_s:
                 self._events.add(tick, "gap", f"{passed:.3f} s between two observations")
-        self._time_s = time_s
+        self._time_s, self._heard_s = time_s, now_s
 
     def look(self, tick: int, frames: Mapping[str, np.ndarray], state: np.ndarray) -> None:
         """The frames by camera, and the state: has a camera stopped while something else moves?"""
@@ -94,17 +102,19 @@ class StreamWatch:
         self._state = state.tobytes()
         shown = {name: hash(np.ascontiguousarray(frame).tobytes()) for name, frame in frames.items()}
         changed = {name for name, value in shown.items() if name in self._frames and self._frames[name] != value}
-        self._moved.append(moved or bool(changed))
+        moving = moved or bool(changed)
         for name, value in shown.items():
-            same = self._frames.get(name) == value
-            self._still[name] = self._still.get(name, 0) + 1 if same else 0
-            if self._still[name] == self.config.frozen_after and any(self._moved):
-                self._events.add(
-                    tick,
-                    "frozen",
-                    f"{name} has shown the same frame for {self._still[name] + 1} ticks while the robot moved: is the "
-                    "camera alive?",
-                )
+            if self._frames.get(name) != value:
+                self._still[name] = 0
+            elif moving:  # where everything rests, no camera has anything new to show
+                self._still[name] += 1
+                if self._still[name] == self.config.frozen_after:
+                    self._events.add(
+                        tick,
+                        "frozen",
+                        f"{name} has shown the same frame for {self._still[name] + 1} ticks while the robot moved: is "
+                        "the camera alive?",
+                    )
         gone = [name for name in self._frames if name not in shown]
         for name in gone:
             self._still.pop(name, None)
