@@ -23,6 +23,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from turbopi import Policy, load_policy
 from turbopi.checkpoint import init_checkpoint
+from turbopi.cli.main import main
 from turbopi.frames import read_frames
 from turbopi.transforms import LIBERO
 
@@ -118,6 +119,13 @@ def test_a_port_that_is_taken_is_one_clear_line(checkpoint: Path) -> None:
     assert second.stderr.startswith("error: ")
     assert "address already in use" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_chunks_are_the_clients_to_play(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["serve", "--checkpoint", str(checkpoint), "--port", "0", "--runtime", "tensorrt_pipelined"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "a server's clients play theirs themselves" in capsys.readouterr().err
 
 
 def test_what_the_server_records_can_be_read_as_frames(

@@ -56,6 +56,21 @@ def test_actions_over_the_wire_are_the_librarys(policy: Policy) -> None:
             client._ws.close()
 
 
+def test_a_client_says_where_an_episode_begins(policy: Policy) -> None:
+    remembering = Policy(policy.transforms, policy.engine, RuntimeConfig(1, reuse=ReuseConfig(every=4)))
+    assert remembering.remembers
+    assert not policy.remembers
+    with ServerThread(remembering) as server:
+        client = WebsocketClientPolicy("127.0.0.1", server.port)
+        replies = [client.infer(observation(index)) for index in (0, 1)]
+        replies += [client.infer({**observation(index), "reset": index == 0}) for index in (0, 1)]
+        assert [reply["runtime"]["prefix"] for reply in replies] == ["full", "fast", "full", "fast"]
+        for before, after in zip(replies[:2], replies[2:], strict=True):
+            assert before["actions"].tobytes() == after["actions"].tobytes()
+        with pytest.raises(RuntimeError, match="'reset' is 'yes', expected True with an episode's first observation"):
+            client.infer({**observation(0), "reset": "yes"})
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "missing image": ({"observation/image": None}, "observation/image"),
     "wrong shape": ({"observation/image": np.zeros((3, 4), np.uint8)}, "observation/image"),

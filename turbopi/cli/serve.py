@@ -65,12 +65,22 @@ def serve(
     limits = None if record is None else RecordConfig(record, record_every, max_bytes=record_mib * MEBIBYTE)
     recorder = None if limits is None else Recorder(limits)
     loaded = policy.load()
+    if loaded.runtime.chunking is not None:
+        raise ValueError(
+            "chunking plays chunks beside the robot, and a server's clients play theirs themselves: serve a runtime "
+            "without it, and give the client its replan interval"
+        )
 
     def announce(server: PolicyServer) -> None:
         console.print(
             f"serving {policy.checkpoint} for {loaded.transforms.robot.name} on {server.url} "
             f"({loaded.engine.name}, {loaded.engine.precision}, {loaded.engine.device})"
         )
+        if loaded.remembers:
+            console.print(
+                "this runtime remembers the episode: clients connect anew for each, or send reset=True with its first "
+                "observation"
+            )
 
     if recorder is None:
         return serve_forever(loaded, config, on_ready=announce)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 # A client written for openpi may compare this text; the server sends it as the close reason after an error frame.
 ERROR_CLOSE_REASON = "Internal server error. Traceback included in previous frame."
+# Ours: true beside an episode's first observation. openpi's clients send no such key, and connect anew instead.
+RESET_KEY = "reset"
 SHUTDOWN_CLOSE_REASON = "The server is shutting down."
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from websockets.protocol import State
 
 from ..errors import InputError
 from .connection import PolicyConnection
 from .metrics import POLICY_STAGES, ErrorKind
-from .protocol import ServedPolicy
+from .protocol import RESET_KEY, ServedPolicy
 from .wire import decode, encode
 
 MAX_ERROR_CHARACTERS = 16_384
@@ -58,10 +59,19 @@ def parse_request(message: bytes | str) -> dict[str, Any]:
 def answer(session: Session, source: ServedPolicy, observation: dict[str, Any]) -> Reply:
     """Infer and pack; runs in the inference thread. `source` is forked at the connection's first request.
 
+    An observation with "reset": True begins an episode: nothing of the connection's last one is used.
+
     Raises InputError for the client's faults; what else it raises is the server's.
     """
     if session.policy is None:
         session.policy = source.fork()
+    begins = observation.pop(RESET_KEY, False)
+    if not isinstance(begins, bool | np.bool_):
+        raise InputError(
+            f"{RESET_KEY!r} is {begins!r}, expected True with an episode's first observation, or no such key"
+        )
+    if begins:
+        session.policy.reset()
     start = perf_counter()
     result = session.policy.infer(observation)
     infer_s = perf_counter() - start
