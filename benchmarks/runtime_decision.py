@@ -37,7 +37,7 @@ CASES: dict[str, RuntimeConfig] = {
     "fixed frequency, deadline": RuntimeConfig(
         2,
         reuse=ReuseConfig(every=3),
-        deadline=DeadlineConfig(1e6, 1e6, fewer_steps=(1,)),
+        deadline=DeadlineConfig(1e6, 1e6, fewer_steps=(1,), reuse_every=4),
         chunking=ChunkingConfig(),
     ),
     "state gate": RuntimeConfig(1, reuse=ReuseConfig(gate=SimilarityGate(0.99, "state"))),

@@ -68,7 +68,7 @@ def main() -> None:
     runtime = RuntimeConfig(
         options.steps,
         reuse=ReuseConfig(every=options.every),
-        deadline=DeadlineConfig(1e6, 50.0, order=("steps", "reuse"), fewer_steps=(1,)),
+        deadline=DeadlineConfig(1e6, 50.0, order=("steps", "reuse"), fewer_steps=(1,), reuse_every=options.every + 1),
         stream=StreamConfig(),
     )
     looped = Runtime(engine, runtime)

@@ -25,7 +25,7 @@ from .engine import (
     precision_dtype,
 )
 from .engine.integrate import Steering
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .model import ModelInput
 from .model.inputs import check_noise
 from .quant import CALIBRATION_FILE, Calibration, PrecisionPlan, Quantisation
@@ -74,7 +74,7 @@ class Policy:
         self.engine = engine
         self.runtime = runtime
         self._clock = clock
-        self._ticks = Runtime(engine, runtime)
+        self._ticks = Runtime(engine, runtime, transforms.robot.state_dim, transforms.robot.action_dim)
         self._plain = runtime == RuntimeConfig(steps=runtime.steps, seed=runtime.seed)
         spelled = transforms.prompt.text.state_in_prompt
         reused = None if runtime.reuse is None else runtime.reuse.mode
@@ -103,6 +103,12 @@ class Policy:
     def events(self) -> EventLog:
         """What the runtime had to say since the reset."""
         return self._ticks.events
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a tick may depend on more of the episode than the noise, so that a new one needs a `reset`."""
+        runtime = self.runtime
+        return any(part is not None for part in (runtime.reuse, runtime.rtc, runtime.deadline, runtime.stream))
 
     @property
     def holding(self) -> bool:
@@ -205,6 +211,8 @@ class Policy:
         if self._previous is None:
             return None
         chunk, before = self._previous
+        if before.prompt != context.prompt:
+            return None  # a plan for another task is not to be continued
         follow = follow or Follow(rtc.executed, rtc.delay)
         left = self.transforms.reanchored(chunk, before, context)[follow.executed :, : self.transforms.robot.action_dim]
         return steering_of(rtc, torch.from_numpy(left)[None], follow.delay, self.engine.config)
@@ -313,11 +321,26 @@ def load_quantisation(
     return Quantisation(chosen, calibration)
 
 
-def _choose_runtime(runtime: RuntimeConfig | None, steps: int, seed: int) -> RuntimeConfig:
+def _check_calibrated(quantisation: Quantisation | None, robot: Robot) -> None:
+    """Raise CheckpointError for ranges of another robot's frames, which the same weights may serve, too."""
+    ranges = None if quantisation is None else quantisation.calibration
+    if ranges is None or ranges.synthetic or ranges.robot == robot.name:
+        return
+    raise CheckpointError(
+        f"the calibration was made with frames of robot {ranges.robot!r}, this policy is for {robot.name!r}, whose "
+        "activations reach elsewhere; run `turbo-pi calibrate` with frames of this robot"
+    )
+
+
+def _choose_runtime(runtime: RuntimeConfig | None, steps: int | None, seed: int | None) -> RuntimeConfig:
     if runtime is None:
-        return RuntimeConfig(steps=steps, seed=seed)
-    if steps not in (DEFAULT_STEPS, runtime.steps):
+        return RuntimeConfig(steps=DEFAULT_STEPS if steps is None else steps, seed=seed or 0)
+    if steps not in (None, runtime.steps):
         raise ValueError(f"steps is {steps}, but the runtime has {runtime.steps}; give the number in one place")
+    if seed is None or seed == runtime.seed:
+        return runtime
+    if runtime.seed != RuntimeConfig.seed:
+        raise ValueError(f"seed is {seed}, but the runtime has {runtime.seed}; give the number in one place")
     return replace(runtime, seed=seed)
 
 
@@ -325,9 +348,9 @@ def load_policy(
     path: str | Path,
     robot: str | Robot | None = None,
     engine: str = "eager",
-    steps: int = DEFAULT_STEPS,
+    steps: int | None = None,
     precision: Precision | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     *,
     device: str = "auto",
     numerics: NumericsName | None = None,
@@ -349,10 +372,10 @@ def load_policy(
         engine: "eager", "graphed", "compiled", "compiled-max", "turbo", "onnx" or "tensorrt"; "onnx:DIRECTORY" for what
             `turbo-pi export` wrote; "vision=A,prefill=B,denoise=C" for stages of several. Those with something to
             prepare do it here, for the robot's observations.
-        steps: flow-matching evaluations per chunk.
+        steps: flow-matching evaluations per chunk. None: the runtime's, else 10.
         precision: "fp32", "bf16", or a quantised one: "fp8", "int8", "w8a16", "w4a16", "nvfp4", as far as the engine
             runs it. None: bf16 on a GPU, fp32 on a CPU.
-        seed: of the noise stream.
+        seed: of the noise stream. None: the runtime's, else 0.
         device: "auto", "cpu", "cuda", "cuda:1", …
         numerics: profile to use instead of the checkpoint's; see `ModelConfig`.
         invalid_tokens: treatment to use instead of the checkpoint's; see `ModelConfig`.
@@ -362,7 +385,7 @@ def load_policy(
         default_prompt: task for observations without one.
         plan: of a quantised precision, which products are not in it; or its file. None: all alike.
         calibration: input ranges, or their file. None: `calibration.json` in the checkpoint, where the plan needs one.
-        runtime: what a tick computes, with its own number of steps; leave `steps` alone then.
+        runtime: what a tick computes, with its own number of steps.
 
     Raises:
         FileNotFoundError: no checkpoint, no tokenizer, no plan or no calibration; says where it looked.
@@ -376,6 +399,7 @@ def load_policy(
     checkpoint = open_checkpoint(path)
     transforms = _transforms(checkpoint, robot, asset_id, tokenizer, state_in_prompt, default_prompt)
     quantisation = load_quantisation(checkpoint.path, chosen, checkpoint.config, plan, calibration)
+    _check_calibrated(quantisation, transforms.robot)
     model = load_opened(
         checkpoint, target, dtype, config=checkpoint.config, numerics=numerics, invalid_tokens=invalid_tokens
     )

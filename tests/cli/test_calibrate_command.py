@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from turbopi import load_policy
+from turbopi import CheckpointError, load_policy
 from turbopi.checkpoint import init_checkpoint
 from turbopi.cli.calibrate import FrameOptions, parse_features
 from turbopi.cli.main import main
@@ -105,6 +105,14 @@ def test_a_calibration_of_other_weights_is_refused(checkpoint: Path, made: Path,
     assert run("--checkpoint", other, "--synthetic", "--steps", 1) == 0
     with pytest.raises(ValueError, match="is of another checkpoint"):
         load_policy(checkpoint, device="cpu", precision="fp8", calibration=other / "calibration.json")
+
+
+def test_a_calibration_with_another_robots_frames_is_refused(checkpoint: Path, frames: Path, tmp_path: Path) -> None:
+    other = tmp_path / "aloha.json"
+    assert run("--checkpoint", checkpoint, "--frames", frames, "--steps", 1, "--out", other) == 0
+    other.write_text(json.dumps({**json.loads(other.read_text()), "robot": "aloha"}))
+    with pytest.raises(CheckpointError, match="made with frames of robot 'aloha', this policy is for 'libero'"):
+        load_policy(checkpoint, device="cpu", precision="fp8", calibration=other)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: turbo-pi" in capsys.readouterr().out
 
 
-def test_infer_writes_the_policys_actions(checkpoint: Path, observation: Path, tmp_path: Path) -> None:
+def test_infer_writes_the_policys_actions(
+    checkpoint: Path, observation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     noise = np.random.default_rng(1).standard_normal((10, 32)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     out = tmp_path / "sub" / "actions.npz"
@@ -58,6 +60,11 @@ def test_infer_writes_the_policys_actions(checkpoint: Path, observation: Path, t
     assert run("infer", *arguments) == 0
     with np.load(out) as written:
         assert np.array_equal(written["actions"], policy.infer(read_observation(observation))["actions"])
+    arguments[5] = out.with_suffix("")
+    out.unlink()
+    assert run("infer", *arguments) == 0
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    assert out.is_file()
 
 
 def test_nested_observations(tmp_path: Path) -> None:

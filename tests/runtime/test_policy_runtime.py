@@ -11,9 +11,11 @@ from turbopi import InputError, Policy
 from turbopi.runtime import (
     ChunkingConfig,
     DeadlineConfig,
+    PhaseGate,
     ReuseConfig,
     RtcConfig,
     RuntimeConfig,
+    SimilarityGate,
     Stamp,
     StreamConfig,
 )
@@ -94,6 +96,27 @@ def test_real_time_chunking_after_a_reset_is_free(checkpoint: Path, data: Path) 
     assert np.array_equal(loaded.infer(frames(data)[0])["actions"], first)
 
 
+def test_a_plan_for_another_task_is_not_continued(checkpoint: Path, data: Path) -> None:
+    rtc, plain = (policy(checkpoint, RuntimeConfig(2, rtc=rtc)) for rtc in (RtcConfig(), None))
+    first, second = ({**frames(data)[0], "prompt": task} for task in ("open it", "close it"))
+    for loaded in (rtc, plain):
+        loaded.infer(first)
+    assert np.array_equal(rtc.infer(second)["actions"], plain.infer(second)["actions"])
+
+
+def test_states_are_compared_in_the_robots_dimensions(checkpoint: Path, data: Path) -> None:
+    """LIBERO has 8 of the model's 32: its opposite ends are as unlike as can be, not half alike."""
+    loaded = policy(checkpoint, RuntimeConfig(1, reuse=ReuseConfig(gate=SimilarityGate(0.3, "state"))))
+    observation = frames(data)[0]
+    told = []
+    for end in (-1.0, -0.5, 1.0):
+        normalised = np.zeros(loaded.engine.config.state_dim)
+        normalised[:8] = end
+        observation["observation/state"] = loaded.transforms.state.unnormalize(normalised)[:8]
+        told.append(loaded.infer(observation)["runtime"]["prefix"])
+    assert told == ["full", "fast", "full"]
+
+
 def test_relative_actions_are_seen_from_the_new_state(pi0_checkpoint: Path, data: Path) -> None:
     """What was to be done stays the same motion: made absolute with the old state, relative to the new one."""
     transforms = policy(pi0_checkpoint).transforms
@@ -121,6 +144,18 @@ def test_follow_needs_rtc(checkpoint: Path, data: Path) -> None:
         (RuntimeConfig(rtc=RtcConfig(horizon=11)), "rtc.horizon 11 is beyond the model's horizon"),
         (RuntimeConfig(chunking=ChunkingConfig(replan=11)), "chunking.replan 11 is beyond the model's horizon"),
         (RuntimeConfig(chunking=ChunkingConfig(delay=10)), "chunking.delay 10 leaves nothing of a chunk of 10"),
+        (
+            RuntimeConfig(chunking=ChunkingConfig(replan=10), rtc=RtcConfig()),
+            "chunking.replan 10 leaves nothing of a chunk of 10",
+        ),
+        (
+            RuntimeConfig(chunking=ChunkingConfig(hold=(0.0,) * 6)),
+            "chunking.hold has 6 numbers, the robot's actions have 7",
+        ),
+        (
+            RuntimeConfig(reuse=ReuseConfig(every=2, phase=PhaseGate(gripper=7))),
+            "PhaseGate.gripper is 7, the robot's actions have 7 dimensions",
+        ),
     ],
 )
 def test_settings_against_the_model(checkpoint: Path, runtime: RuntimeConfig, message: str) -> None:
@@ -133,6 +168,14 @@ def test_settings_against_the_prompt_and_each_other(checkpoint: Path) -> None:
         policy(checkpoint, RuntimeConfig(reuse=ReuseConfig("state_only", every=2)), state_in_prompt=False)
     with pytest.raises(ValueError, match="steps is 3, but the runtime has 5; give the number in one place"):
         policy(checkpoint, RuntimeConfig(5), steps=3)
+    with pytest.raises(ValueError, match="seed is 3, but the runtime has 5; give the number in one place"):
+        policy(checkpoint, RuntimeConfig(5, seed=5), seed=3)
+
+
+def test_a_runtime_keeps_its_steps_and_seed(checkpoint: Path) -> None:
+    assert policy(checkpoint, RuntimeConfig(1, seed=7)).runtime == RuntimeConfig(1, seed=7)
+    assert policy(checkpoint, RuntimeConfig(1), seed=7).runtime == RuntimeConfig(1, seed=7)
+    assert policy(checkpoint).runtime == RuntimeConfig(10, seed=0)
 
 
 def test_the_deadline_takes_steps_and_then_prefixes_away(checkpoint: Path, data: Path) -> None:

@@ -24,7 +24,7 @@ EVERYTHING = RuntimeConfig(
     reuse=ReuseConfig(gate=SimilarityGate(0.985, state_threshold=0.9), phase=PhaseGate(0.99), max_age=7),
     chunking=ChunkingConfig(replan=4, delay=2, hold=(0.0, None), max_hold=3),
     rtc=RtcConfig("guided_vjp", horizon=5, schedule="EXP"),
-    deadline=DeadlineConfig(50, 40, fewer_steps=(2, 1)),
+    deadline=DeadlineConfig(50, 40, order=("steps", "hold"), fewer_steps=(2, 1)),
     stream=StreamConfig(frozen_after=5),
 )
 
@@ -51,7 +51,7 @@ def test_defaults_are_not_written() -> None:
         ({"deadline": {"period_ms": 3}}, "missing field deadline.p99_ms"),
         ({"reuse": 3}, "reuse is 3, expected a map of ReuseConfig's fields"),
         ({"steps": "ten"}, "RuntimeConfig.steps must be an integer of at least 1, got 'ten'"),
-        ({"times": ["a"], "steps": 1}, "times must begin at 1"),
+        ({"times": ["a"], "steps": 1}, "times must be a list of finite numbers"),
     ],
 )
 def test_files_that_are_none(values: Any, message: str, tmp_path: Path) -> None:
@@ -119,8 +119,42 @@ def test_no_file(tmp_path: Path) -> None:
             ),
             "does not go with another mode of reuse",
         ),
+        (
+            lambda: RuntimeConfig(reuse=ReuseConfig(every=2), deadline=DeadlineConfig(50, 40, order=("reuse",))),
+            "reuse_every 2 would save nothing",
+        ),
+        (
+            lambda: RuntimeConfig(
+                reuse=ReuseConfig(gate=SimilarityGate(0.9)), deadline=DeadlineConfig(50, 40, order=("reuse",))
+            ),
+            "reuse_every 2 would save nothing",
+        ),
+        (lambda: ReuseConfig(every=2, synchronised=False, phase=PhaseGate()), "phase does not go with synchronised"),
     ],
 )
 def test_contradictions(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"chunking": {"hold": [float("nan")]}}, "hold must be a list of finite numbers or null"),
+        ({"chunking": {"hold": [True, 1.0]}}, "hold must be a list of finite numbers or null"),
+        ({"chunking": {"hold": 3}}, "hold must be a list of finite numbers or null, got 3"),
+        ({"times": 3}, "times must be a list of finite numbers, got 3"),
+        ({"prompt_cache": "false"}, "prompt_cache must be true or false, got 'false'"),
+        ({"reuse": {"every": 2, "synchronised": "false"}}, "synchronised must be true or false"),
+        ({"deadline": {"period_ms": 50, "p99_ms": 40, "fewer_steps": 5}}, "fewer_steps must be a list of integers"),
+        (
+            {"deadline": {"period_ms": 50, "p99_ms": 40, "fewer_steps": [5, 2.5]}},
+            "fewer_steps must be a list of integers",
+        ),
+        ({"deadline": {"period_ms": 50, "p99_ms": 40, "order": 3}}, "order must name some of"),
+        ({"deadline": {"period_ms": 50, "p99_ms": 40, "order": [["steps"]]}}, "order must name some of"),
+    ],
+)
+def test_what_a_file_may_hold_instead_of_numbers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RuntimeConfig.from_dict(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_a_checkpoint_or_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for policy, remote in ((PolicyOptions(NO_CHECKPOINT), None), (PolicyOptions(Path("ck")), "a:1")):
         with pytest.raises(ValueError, match="either --checkpoint or --remote"):
             _source(policy, remote)
+    assert _source(PolicyOptions(NO_CHECKPOINT, seed=3), "a:1") == RemoteSource("a:1", "sesame")
+    with pytest.raises(ValueError, match="--steps, --invalid-tokens with --remote: the server has its own policy"):
+        _source(PolicyOptions(NO_CHECKPOINT, steps=1, invalid_tokens="masked"), "a:1")
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, 10), ({"runtime": "fast"}, 1), ({"steps": 3}, 3)])
+def test_a_receipt_always_has_the_steps(options: dict[str, Any], steps: int) -> None:
+    assert PolicyOptions(Path("ck"), **options).keywords()["steps"] == steps
 
 
 def test_libero_refuses_what_it_does_not_have() -> None:

@@ -108,6 +108,8 @@ def test_what_a_sweep_refuses(tmp_path: Path, fakes: None, capsys: pytest.Captur
     assert "the grid has the runtimes" in capsys.readouterr().err
     assert run(*common, grid_file(tmp_path / "h.json", {"grid": {"steps": [1]}}), "--at-once", 0) == 1
     assert "at least one run" in capsys.readouterr().err
+    assert run(*common, grid_file(tmp_path / "s.json", {"grid": {"seed": [0, 1]}})) == 1
+    assert "seed=1: an episode's noise comes from --seed alone" in capsys.readouterr().err
 
 
 def test_ray_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def eval_(
         suite=episodes.suite,
         tasks=indices,
         trials=episodes.trials,
-        seed=policy.seed,
+        seed=policy.seed or 0,
         replan=episodes.replan,
         threads=threads,
         workers=workers or os.cpu_count() or 1,
@@ -174,6 +174,12 @@ def _source(policy: PolicyOptions, remote: str | None) -> PolicySource:
     if remote is not None:
         from ..sim.remote import RemoteSource
 
+        given = [f.name for f in dataclasses.fields(policy) if getattr(policy, f.name) != getattr(_NO_POLICY, f.name)]
+        unheard = [f"--{name.replace('_', '-')}" for name in given if name != "seed"]
+        if unheard:
+            raise ValueError(
+                f"{', '.join(unheard)} with --remote: the server has its own policy; give them to the server"
+            )
         return RemoteSource(remote, os.environ.get(API_KEY_VARIABLE))
     from ..sim.sources import CheckpointSource
 

@@ -38,7 +38,7 @@ def infer(
     console = Console()
     console.print(action_table(result["actions"]))
     console.print(timing_table([result["policy_timing"]]))
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out if out.suffix == '.npz' else f'{out}.npz'}")
     return 0
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_ENGINE = "eager"
+DEFAULT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class PolicyOptions:
         robot: libero, droid, aloha, or lerobot (a lerobot checkpoint's features). Default: what the checkpoint says.
         engine: way to run the stages. vision=A,prefill=B,denoise=C mixes several; "A>B>C" takes the first that passes
             its audit here; onnx:DIR and tensorrt:DIR run what `turbo-pi export` wrote.
-        steps: flow-matching evaluations per chunk.
+        steps: flow-matching evaluations per chunk. Default: the runtime's, else 10.
         precision: fp32 or bf16, or quantised. Default: bf16 on a GPU, fp32 on a CPU.
         device: auto, cpu, cuda, cuda:1, ...
-        seed: of the noise.
+        seed: of the noise. Default: the runtime's, else 0.
         numerics: named numerics profile. Default: the checkpoint's, else exact.
         invalid_tokens: dropped or masked. Default: the checkpoint's, else dropped.
         asset_id: which norm stats, where the checkpoint has several.
@@ -42,10 +43,10 @@ class PolicyOptions:
     checkpoint: Path
     robot: str | None = None
     engine: str = DEFAULT_ENGINE
-    steps: int = 10
+    steps: int | None = None
     precision: Literal["fp32", "bf16", "fp8", "int8", "w8a16", "w4a16", "nvfp4"] | None = None
     device: str = "auto"
-    seed: int = 0
+    seed: int | None = None
     numerics: Literal["exact", "openpi", "lerobot", "jax"] | None = None
     invalid_tokens: Literal["dropped", "masked"] | None = None
     asset_id: str | None = None
@@ -75,6 +76,8 @@ class PolicyOptions:
         options["default_prompt"] = options.pop("prompt")
         if self.runtime is not None or self.preset is not None:
             options |= self._tick()
+        if self.steps is None:
+            options["steps"] = options["runtime"].steps if options["runtime"] else DEFAULT_STEPS
         if ">" in options["engine"]:
             from .selecting import choose_engine
 

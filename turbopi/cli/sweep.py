@@ -55,6 +55,9 @@ def sweep(
     if at_once < 1:
         raise ValueError(f"--at-once is {at_once}; at least one run must go on")
     settings = {name: RuntimeConfig.from_dict(values) for name, values in read_grid(grid).items()}
+    seeded = [name for name, runtime in settings.items() if runtime.seed != RuntimeConfig.seed]
+    if seeded:
+        raise ValueError(f"{', '.join(seeded)}: an episode's noise comes from --seed alone; leave seed out of the grid")
     total = workers or os.cpu_count() or 1
     share = total if ray else max(1, total // at_once)
     configs = {
@@ -102,7 +105,7 @@ def _run_of(
         suite=episodes.suite,
         tasks=parse_tasks(episodes.tasks),
         trials=episodes.trials,
-        seed=policy.seed,
+        seed=policy.seed or 0,
         replan=episodes.replan,
         threads=threads,
         workers=workers,

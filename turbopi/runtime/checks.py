@@ -7,7 +7,7 @@ from ..engine import Engine
 from ..engine.integrate import IntegratingEngine
 from ..engine.partial import PartialEngine
 from ..engine.reuse import AgainEngine, PromptEngine
-from .config import ReuseConfig, RtcConfig, RuntimeConfig
+from .config import ChunkingConfig, ReuseConfig, RtcConfig, RuntimeConfig
 
 
 def check_engine(engine: Engine, config: RuntimeConfig) -> None:
@@ -24,15 +24,29 @@ def check_engine(engine: Engine, config: RuntimeConfig) -> None:
         raise ValueError(
             f"{what} needs an engine that takes its steps one by one: 'eager' or 'turbo', not {_name(engine)}"
         )
-    if config.rtc is not None:
-        _check_rtc(engine, config.rtc, model)
     chunking = config.chunking
+    if config.rtc is not None:
+        _check_rtc(engine, config.rtc, chunking, model)
     if chunking is not None and chunking.replan > model.horizon:
         raise ValueError(f"chunking.replan {chunking.replan} is beyond the model's horizon of {model.horizon} actions")
     if chunking is not None and chunking.delay >= model.horizon:
         raise ValueError(
             f"chunking.delay {chunking.delay} leaves nothing of a chunk of {model.horizon} actions; a chunk must "
             "outlast the inference that makes the next"
+        )
+
+
+def check_robot(config: RuntimeConfig, action_dims: int | None) -> None:
+    """Raise ValueError for a setting that speaks of actions which the robot does not have; None: any number."""
+    if action_dims is None:
+        return
+    phase = None if config.reuse is None else config.reuse.phase
+    if phase is not None and phase.gripper >= action_dims:
+        raise ValueError(f"PhaseGate.gripper is {phase.gripper}, the robot's actions have {action_dims} dimensions")
+    if config.chunking is not None and len(config.chunking.hold) not in (0, action_dims):
+        raise ValueError(
+            f"chunking.hold has {len(config.chunking.hold)} numbers, the robot's actions have {action_dims}; give one "
+            "a dimension, null to keep the last action's, or none at all"
         )
 
 
@@ -56,18 +70,20 @@ def _check_reuse(engine: Engine, reuse: ReuseConfig) -> None:
         raise ValueError(f"reuse with {asked} needs invalid_tokens='dropped', the model has {model.invalid_tokens!r}")
 
 
-def _check_rtc(engine: Engine, rtc: RtcConfig, model: ModelConfig) -> None:
+def _check_rtc(engine: Engine, rtc: RtcConfig, chunking: ChunkingConfig | None, model: ModelConfig) -> None:
     if rtc.method != "guided" and isinstance(engine, AgainEngine):
         raise ValueError(
             f"rtc.method {rtc.method!r} needs the model itself, which the engine 'eager' runs; {_name(engine)} does "
             "'guided'"
         )
-    if rtc.executed >= model.horizon:
+    # A controller knows how far it has come, whatever rtc says, and tells of chunks that end too soon.
+    executed, setting = (rtc.executed, "rtc.executed") if chunking is None else (chunking.replan, "chunking.replan")
+    if executed >= model.horizon:
         raise ValueError(
-            f"rtc.executed {rtc.executed} leaves nothing of a chunk of {model.horizon} actions to continue from; "
+            f"rtc: {setting} {executed} leaves nothing of a chunk of {model.horizon} actions to continue from; "
             "infer again before the chunk is over"
         )
-    if rtc.executed + rtc.delay > model.horizon:
+    if chunking is None and rtc.executed + rtc.delay > model.horizon:
         raise ValueError(
             f"rtc: {rtc.executed} actions executed and a delay of {rtc.delay} exceed the model's horizon of "
             f"{model.horizon}: the chunk would be over before the next one is there"

@@ -43,6 +43,21 @@ def _number(config: object, name: str, low: float, high: float = math.inf, *, ab
         raise ValueError(f"{type(config).__name__}.{name} must be a number {span}{until}, got {value!r}")
 
 
+def _flag(config: object, name: str) -> None:
+    if not isinstance(getattr(config, name), bool):
+        raise ValueError(f"{type(config).__name__}.{name} must be true or false, got {getattr(config, name)!r}")
+
+
+def _numbers(config: object, name: str, *, whole: bool = False, gaps: bool = False) -> None:
+    """A tuple of finite numbers; `whole`: of integers; `gaps`: None may stand for one."""
+    value, kinds = getattr(config, name), (int,) if whole else (int, float)
+    given = [v for v in value if not (gaps and v is None)] if isinstance(value, tuple) else [value]
+    if isinstance(value, tuple) and all(type(v) in kinds and math.isfinite(v) for v in given):
+        return
+    kind = "integers" if whole else f"finite numbers{' or null' if gaps else ''}"
+    raise ValueError(f"{type(config).__name__}.{name} must be a list of {kind}, got {value!r}")
+
+
 def _choice(config: object, name: str, choices: object) -> None:
     if getattr(config, name) not in get_args(choices):
         known = ", ".join(map(repr, get_args(choices)))
@@ -133,6 +148,11 @@ class ReuseConfig:
             raise ValueError(f"ReuseConfig.layers belongs to mode 'layer_wise' and only to that, mode is {self.mode!r}")
         if self.layers is not None:
             _integer(self, "layers", 0)
+        _flag(self, "synchronised")
+        if not self.synchronised and self.phase is not None:
+            raise ValueError(
+                "ReuseConfig.phase does not go with synchronised=False, whose parts have ticks of their own"
+            )
         if not self.synchronised and (self.mode != "full" or self.every is None or self.every < 2):
             raise ValueError("ReuseConfig.synchronised=False needs mode 'full' and every of at least 2")
 
@@ -167,6 +187,7 @@ class ChunkingConfig:
         _number(self, "decay", 0.0)
         _number(self, "newest", 0.0, 1.0, above=True)
         _integer(self, "delay", 0)
+        _numbers(self, "hold", gaps=True)
         if self.max_hold is not None:
             _integer(self, "max_hold", 0)
 
@@ -239,8 +260,9 @@ class DeadlineConfig:
         _integer(self, "window", 10)
         _integer(self, "recover", 1)
         _number(self, "margin", 0.0, 1.0, above=True)
-        unknown = [measure for measure in self.order if measure not in get_args(Measure)]
-        if unknown or not self.order or len(set(self.order)) != len(self.order):
+        _numbers(self, "fewer_steps", whole=True)
+        known = isinstance(self.order, tuple) and all(measure in get_args(Measure) for measure in self.order)
+        if not known or not self.order or len(set(self.order)) != len(self.order):
             raise ValueError(f"DeadlineConfig.order must name some of {get_args(Measure)}, each once, got {self.order}")
         if "steps" in self.order:
             falling = all(a > b for a, b in pairwise(self.fewer_steps))
@@ -253,7 +275,7 @@ class StreamConfig:
     """What counts as a broken stream of observations.
 
     Attributes:
-        frozen_after: ticks after which a camera that shows the same frame is reported, while something else moves.
+        frozen_after: ticks at which something else moves after which a camera that shows the same frame is reported.
         max_gap_s: seconds between two frames above which a gap is reported.
     """
 
@@ -294,6 +316,9 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         _integer(self, "steps", 1)
         _integer(self, "seed", 0)
+        _flag(self, "prompt_cache")
+        if self.times is not None:
+            _numbers(self, "times")
         if self.times is not None and len(steps_at(self.times)) != self.steps:
             raise ValueError(f"RuntimeConfig.times has {len(self.times)} values, steps is {self.steps}")
         self._check_deadline()
@@ -309,8 +334,15 @@ class RuntimeConfig:
             )
         if "hold" in self.deadline.order and self.chunking is None:
             raise ValueError("the deadline may hold the chunk only where the runtime plays it: give chunking, too")
-        if "reuse" in self.deadline.order and self.reuse is not None and self.reuse.mode != "full":
+        if "reuse" not in self.deadline.order or self.reuse is None:
+            return
+        if self.reuse.mode != "full":
             raise ValueError("the deadline's reuse is of mode 'full'; it does not go with another mode of reuse")
+        if self.reuse.every is None or self.reuse.every >= self.deadline.reuse_every:
+            raise ValueError(
+                f"the deadline's reuse_every {self.deadline.reuse_every} would save nothing: the prefix is reused "
+                "behind a gate or as seldom computed already; raise reuse_every, or leave 'reuse' out of the order"
+            )
 
     def _check_rtc(self) -> None:
         if self.rtc is None or self.chunking is None:

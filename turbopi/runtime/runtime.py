@@ -16,7 +16,7 @@ from ..engine.integrate import EulerStep, IntegratingEngine, Steering, steps_at,
 from ..engine.partial import OldRows, PartialCache, PartialEngine
 from ..engine.reuse import AgainEngine, HoldingEngine, PromptEngine, SteppingEngine, copied
 from ..model import ModelInput, PrefixCache
-from .checks import check_engine
+from .checks import check_engine, check_robot
 from .config import ReuseConfig, RuntimeConfig, Signal
 from .deadline import Deadline
 from .events import EventLog
@@ -30,12 +30,22 @@ from .ticks import StageClock, TickReport
 class Runtime:
     """The runtime of one client over an engine that others may use, too. Not for two threads at once.
 
-    Raises ValueError for settings that the engine or the model cannot honour; names those that can.
+    Args:
+        engine: that runs the stages.
+        config: what a tick computes.
+        state_dims: dimensions of the robot's state, the first of the model's. None: all of them.
+        action_dims: likewise of its actions.
+
+    Raises ValueError for settings that the engine, the model or the robot cannot honour; names those that can.
     """
 
-    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+    def __init__(
+        self, engine: Engine, config: RuntimeConfig, state_dims: int | None = None, action_dims: int | None = None
+    ) -> None:
         check_engine(engine, config)
+        check_robot(config, action_dims)
         self.engine, self.config = engine, config
+        self._state_dims, self._action_dims = state_dims, action_dims
         # What the engine offers; asking its protocols takes longer than a decision may.
         self._ticking = engine if isinstance(engine, TickEngine) else None
         self._again = engine if isinstance(engine, AgainEngine) else None
@@ -153,7 +163,7 @@ class Runtime:
         # An engine that leaves no cache behind computes everything at every tick.
         age = 0 if self._held is None else self.tick - self._held.tick
         self.statistics.add(decision, age)
-        self._last_chunk = actions[0].numpy()
+        self._last_chunk = actions[0, :, : self._action_dims].numpy()
         report = TickReport(decision, self.steps, age, decision_ms, clock.stage_ms)
         self.tick += 1
         return actions, report
@@ -190,7 +200,8 @@ class Runtime:
         held = self._held
         assert held is not None
         if signal == "state":
-            return state_similarity(seen.state, held.seen.state)
+            dims = self._state_dims  # padding never differs, and would make every state like every other
+            return state_similarity(seen.state[:dims], held.seen.state[:dims])
         if signal == "images":
             return image_similarity(seen.images, held.seen.images)
         now = self._encoded(inputs, clock)
