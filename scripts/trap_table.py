@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "model"))
@@ -21,7 +22,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        for mutation in track(MUTATIONS, description="mutating"):
+        for mutation in track(MUTATIONS, description="mutating", console=Console(stderr=True)):
             for kind in mutation.kinds:
                 golden = golden_of(mutation, kind)
                 right = measure(golden, golden.build(invalid_tokens=mutation.invalid_tokens), mutation)
