@@ -14,11 +14,14 @@ from captured_support import model, observation
 
 from turbopi import CheckpointError, InputError, Pi0
 from turbopi.engine import Engine, TickEngine, create_engine, sample_actions
+from turbopi.engine.reuse import copied
 from turbopi.errors import NonFiniteActionsError
 from turbopi.export import ExportSpec, export, weights_of_model
 from turbopi.model import PrefixCache
 from turbopi.quant import Calibration, PrecisionPlan, Quantisation, model_hash
 from turbopi.quant.observe import input_ranges, synthetic_batches, watch
+from turbopi.runtime import Runtime, RuntimeConfig
+from turbopi.runtime.config import ReuseConfig
 
 STEPS = 2
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -151,6 +154,29 @@ def test_an_export_on_disk(exported: Path) -> None:
         sample_actions(engine, *observation(reference.config, [33]), STEPS)
     with pytest.raises(InputError, match=r"3 cameras are there, the export .* is for 2"):
         sample_actions(engine, *observation(reference.config, [20], [(True, True, True)]), STEPS)
+
+
+def test_an_export_takes_back_caches_of_short_prompts(exported: Path) -> None:
+    """Their rows alone would fit fewer cameras than the export is for: one by one, in a batch, from another engine."""
+    reference = model()
+    engine = create_engine(f"onnx:{exported}", reference, "fp32")
+    mixed = create_engine(f"vision=eager,prefill=eager,denoise=onnx:{exported}", reference, "fp32")
+    for lengths in ([5], [16], [5, 20]):
+        inputs, noise = observation(reference.config, lengths)
+        tokens = engine.encode_images(inputs.images, inputs.image_mask)
+        cache = copied(engine.prefill(tokens, inputs.image_mask, inputs.tokens, inputs.token_mask))
+        found = engine.denoise(cache, inputs.state, noise, STEPS)
+        torch.testing.assert_close(found, actions(reference, lengths), **CLOSE)
+        found = sample_actions(mixed, inputs, noise, STEPS)
+        torch.testing.assert_close(found, actions(reference, lengths), **CLOSE)
+
+
+def test_an_export_reuses_its_own_prefix(exported: Path) -> None:
+    engine = create_engine(f"onnx:{exported}", model(), "fp32")
+    inputs, noise = observation(engine.config, [5])
+    runtime = Runtime(engine, RuntimeConfig(steps=STEPS, reuse=ReuseConfig(every=2)))
+    whole, fast = (runtime.sample(inputs, noise)[0] for _ in range(2))
+    torch.testing.assert_close(fast, whole, **CLOSE)
 
 
 def test_sixteen_bit_exports_on_a_cpu(tmp_path: Path) -> None:

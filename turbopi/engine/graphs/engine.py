@@ -232,7 +232,8 @@ class GraphEngine:
                 "mask, so both must agree; use the engine 'eager' for such a cache"
             )
         image = self.config.vision.tokens
-        views = max(1, -(-(rows - max(self._graphs.buckets)) // image))
+        # To stage 3 rows of cameras and of the prompt are the same: any graph with enough of them will do.
+        views = self._graphs.views or max(1, -(-(rows - max(self._graphs.buckets)) // image))
         slots = self._slots_for(views, bucket_for(self._graphs.buckets, max(0, rows - views * image)))
         for name, layer in zip(cache_names(self.config), (*cache.keys, *cache.values), strict=True):
             slots.prefill.outputs[name][0, :, :rows].copy_(layer[sample][:, visible])

@@ -76,11 +76,13 @@ class GraphSource(Protocol):
     Attributes:
         config: of the model.
         buckets: prompt slots for which there are graphs, or may be, in order.
+        views: valid cameras that every graph is for; None if there is one for any number.
         eight_bit_floats: whether the graphs hold fp8.
     """
 
     config: ModelConfig
     buckets: tuple[int, ...]
+    views: int | None
     eight_bit_floats: bool
 
     def find(self, graph: GraphName, views: int, bucket: int, steps: int) -> FoundGraph:
@@ -109,7 +111,7 @@ class ExportedGraphs:
         self.manifest = Manifest.load(self.directory)
         self.manifest.check_files(self.directory)
         self.config = self.manifest.config
-        self.views = int(self.manifest.spec["views"])
+        self.views: int | None = int(self.manifest.spec["views"])
         self.steps = int(self.manifest.spec["steps"])
         self.buckets = tuple(sorted(self.manifest.spec["prompt_buckets"]))
         self.eight_bit_floats = self.manifest.spec["precision"] == "fp8-qdq"
@@ -168,6 +170,7 @@ class ModelGraphs:
     def __init__(self, model: Pi0, precision: Precision, quantisation: Quantisation | None = None) -> None:
         device = next(model.parameters()).device
         self.config = model.config
+        self.views: int | None = None
         self.eight_bit_floats = precision == "fp8"
         self._weights = weights_of_model(model)
         self._quantisation = quantisation
