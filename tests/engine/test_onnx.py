@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,16 @@ def test_an_export_of_something_else_is_refused(exported: Path) -> None:
         create_engine(f"turbo:{exported}", model(), "fp32")
     with pytest.raises(FileNotFoundError, match="turbo-pi export"):
         create_engine("onnx:/nowhere", model(), "fp32")
+
+
+def test_an_export_damaged_in_place_is_refused(exported: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(exported, tmp_path / "damaged")
+    weights = bytearray((damaged / "prefill.data").read_bytes())
+    middle = len(weights) // 2
+    weights[middle : middle + 4096] = bytes(4096)
+    (damaged / "prefill.data").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"prefill\.data is damaged"):
+        create_engine(f"onnx:{damaged}", model(), "fp32")
 
 
 def test_a_whole_graph_is_no_engine(tmp_path: Path) -> None:

@@ -104,12 +104,12 @@ def bucket_for(buckets: tuple[int, ...], tokens: int) -> int:
 
 
 class ExportedGraphs:
-    """An export's directory. Raises FileNotFoundError or CheckpointError if it is not whole."""
+    """An export's directory, every file of it read once. Raises FileNotFoundError or CheckpointError if not whole."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.manifest = Manifest.load(self.directory)
-        self.manifest.check_files(self.directory)
+        self.manifest.check_files(self.directory, content=True)
         self.config = self.manifest.config
         self.views: int | None = int(self.manifest.spec["views"])
         self.steps = int(self.manifest.spec["steps"])
