@@ -76,6 +76,15 @@ def test_alohas_actions_come_back(actions):
     np.testing.assert_allclose(space.actions_to_robot(space.actions_to_model(actions)), actions, atol=1e-12)
 
 
+def test_an_aloha_state_may_be_whole_numbers():
+    state = [0, -1, 1, 0, 0, 0, 1] * 2
+    found = ALOHA.read_state({"state": state})
+    np.testing.assert_array_equal(found, ALOHA.read_state({"state": np.array(state, np.float64)}))
+    assert found[[6, 13]].min() > 0.5
+    for dtype in (np.float32, np.float64):
+        assert ALOHA.space.state_to_model(np.array(state, dtype)).dtype == np.float64  # as openpi's flips make it
+
+
 def test_an_opening_beyond_the_crank_is_clipped():
     state = np.zeros(14)
     state[[6, 13]] = -0.01844 / (0.05800 - 0.01844), 5.0  # a finger at 0, and one far outside

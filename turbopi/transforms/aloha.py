@@ -33,6 +33,8 @@ def _from_unit(x: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 def _with_grippers(values: np.ndarray, grippers: np.ndarray) -> np.ndarray:
     """Flip the joints and put the grippers in; the flips are their own inverse."""
     flipped: np.ndarray = _FLIP * values
+    # Whole numbers cannot hold an angle: it would be cut to one.
+    flipped = flipped.astype(np.result_type(flipped, grippers), copy=False)
     flipped[..., _GRIPPERS] = grippers
     return flipped
 
