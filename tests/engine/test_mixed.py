@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from captured_support import model, observation
+from turbo_support import twins
 
 from turbopi.audit.gate import audit_gate
 from turbopi.audit.sample import Sample
-from turbopi.engine import Engine, MixedEngine, create_engine
+from turbopi.engine import EagerEngine, Engine, MixedEngine, create_engine
 from turbopi.engine.mixed import parse_stages
 from turbopi.engine.selection import Verdict, parse_priority, select_engine
 
@@ -46,6 +47,25 @@ def test_stages_of_one_engine_hand_over_nothing() -> None:
     assert told["hand_over_ms"] == {}
     assert list(told["engines"]) == ["onnx"]
     assert engine.engines["prefill"] is engine.engines["denoise"]
+
+
+@pytest.mark.parametrize("source", ["turbo", "onnx"])
+def test_a_cache_that_was_computed_over_is_refused(source: str) -> None:
+    reference = model()
+    first = twins(reference) if source == "turbo" else create_engine(source, reference, "fp32")
+    types = {"image_tokens": torch.float32, "cache": torch.float32}
+    stages = {"encode_images": first, "prefill": first, "denoise": EagerEngine(reference, "fp32")}
+    engine = MixedEngine("mixed", stages, "fp32", types)
+    (x, noise), (y, _) = observation(reference.config, [20]), observation(reference.config, [20], seed=1)
+    old, new = (
+        engine.prefill(engine.encode_images(z.images, z.image_mask), z.image_mask, z.tokens, z.token_mask)
+        for z in (x, y)
+    )
+    engine.denoise(new, y.state, noise, STEPS)
+    with pytest.raises(RuntimeError, match="something was computed over it"):
+        engine.denoise(old, x.state, noise, STEPS)
+    with pytest.raises(RuntimeError, match=r"written over|computed over"):
+        first.denoise(old, x.state, noise, STEPS)
 
 
 def test_reading_stages() -> None:

@@ -60,6 +60,38 @@ def test_a_cache_that_was_computed_over_is_refused(reference: Pi0, then: str) ->
         engine.denoise(cache, state, noise, 1)
 
 
+def test_a_cache_that_was_computed_over_is_refused_with_other_lengths_too(reference: Pi0) -> None:
+    engine = twins(reference)
+    cache, state, noise = prefilled(engine, [9])
+    prefilled(engine, [9], seed=1)
+    with pytest.raises(RuntimeError, match="computed over this PrefixCache"):
+        engine.denoise(dataclasses.replace(cache, lengths=cache.lengths.clone()), state, noise, 1)
+
+
+@pytest.mark.parametrize("part", ["keys", "values", "valid", "lengths"])
+def test_what_was_put_into_a_cache_is_what_is_read(reference: Pi0, part: str) -> None:
+    """The bucket that the changed cache is copied into is a smaller one, over the memory of its own."""
+    engine = twins(reference)
+    x, noise = observation(engine.config, [9, 40], [THREE, (True, False, False)])
+    cache = engine.prefill(engine.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
+    assert cache.valid is not None
+    other = tuple(torch.randn_like(layer) for layer in cache.keys)
+    fewer = dataclasses.replace(cache, valid=cache.valid.roll(1, dims=1) & cache.valid)
+    changed = {
+        "keys": dataclasses.replace(cache, keys=other),
+        "values": dataclasses.replace(cache, values=other),
+        "valid": dataclasses.replace(fewer, lengths=fewer.visible.sum(dim=1)),
+        "lengths": dataclasses.replace(cache, lengths=cache.lengths.clone()),
+    }[part]
+    with pytest.raises(ValueError, match="keeps no mask, so both must agree"):
+        engine.denoise(fewer, x.state, noise, 2)
+    plain = cloned(changed)
+    with torch.no_grad():
+        expected = reference.denoise(plain, x.state, noise, 2)
+    assert not engine.holds(changed)
+    assert relative(engine.denoise(changed, x.state, noise, 2), expected) <= STAGE_TOLERANCE
+
+
 def test_other_batch_sizes_and_images_leave_a_cache_alone(reference: Pi0) -> None:
     engine = twins(reference)
     cache, state, noise = prefilled(engine, [9])

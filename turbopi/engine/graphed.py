@@ -15,6 +15,7 @@ from .base import Precision, register_engine
 from .capture import CudaGraphRecorder, Recorder, Work, require_cuda
 from .packing import Packing, in_place, pack
 from .recent import Recent
+from .reuse import LentCache
 
 CAPACITY = 32
 """Shapes kept at a time. A state that is spelled in the prompt changes its length by a handful of tokens."""
@@ -87,7 +88,7 @@ class _Prefix:
 
 
 @dataclass(frozen=True)
-class HeldCache(PrefixCache):
+class HeldCache(LentCache):
     """A PrefixCache that lies in an engine's static tensors, until the next prefill of its shape."""
 
     owner: _Prefix

@@ -15,6 +15,7 @@ from ..errors import NonFiniteActionsError
 from ..model import ModelInput, Pi0, PrefixCache
 from ..quant import Quantisation
 from .base import STAGES, DescribedEngine, Engine, Precision, TickEngine, create_engine, register_family
+from .reuse import HoldingEngine, LentCache
 
 T = TypeVar("T")
 NAMES = {"vision": "encode_images", "encode_images": "encode_images", "prefill": "prefill", "denoise": "denoise"}
@@ -106,9 +107,15 @@ class MixedEngine:
         return engine.prefill(given, image_mask, tokens, token_mask)
 
     def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:
-        """Stage 3; see `Engine`."""
-        engine = self.engines["denoise"]
-        if engine is not self.engines["prefill"]:
+        """Stage 3; see `Engine`. Raises RuntimeError if something was computed over the cache since it was made."""
+        engine, source = self.engines["denoise"], self.engines["prefill"]
+        if engine is not source:
+            if isinstance(cache, LentCache) and isinstance(source, HoldingEngine) and not source.holds(cache):
+                raise RuntimeError(
+                    f"the engine {source.name!r} does not hold this PrefixCache as it was made: something was computed "
+                    "over it, or it was changed; run denoise first, or clone its tensors into a PrefixCache to keep "
+                    "them"
+                )
             cache = self._hand_over("prefill", "denoise", lambda: self._converted(cache, engine.device))
         return engine.denoise(cache, state, noise, steps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from ..model import PrefixCache
 from .base import Engine, TickEngine
 from .integrate import EulerStep, IntegratingEngine
+
+
+@dataclass(frozen=True)
+class LentCache(PrefixCache):
+    """A PrefixCache that lies in an engine's own memory until something is computed over it; see `HoldingEngine`."""
 
 
 @runtime_checkable

@@ -25,6 +25,7 @@ from ...model import ModelInput, PrefixCache
 from ...model.inputs import check_noise
 from ..base import Precision
 from ..recent import Recent
+from ..reuse import LentCache
 from .source import FoundGraph, GraphSource, bucket_for
 
 STEP_COUNTS = 4
@@ -68,7 +69,7 @@ class _Slots:
 
 
 @dataclass(frozen=True)
-class GraphCache(PrefixCache):
+class GraphCache(LentCache):
     """A PrefixCache that lies in the engine's static tensors until the next prefill of its shape."""
 
     owner: _Slots
@@ -195,6 +196,12 @@ class GraphEngine:
         lengths = outputs[PREFIX_LENGTH].clone()
         return GraphCache(tuple(cut[:depth]), tuple(cut[depth:]), lengths, None, slots, slots.generation)
 
+    def holds(self, cache: PrefixCache) -> bool:
+        """See `HoldingEngine`."""
+        if not isinstance(cache, GraphCache) or cache.owner not in self._slots.values():
+            return False
+        return cache.generation == cache.owner.generation
+
     @torch.no_grad()
     def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Stage 3; see `Engine`. Takes its own caches as they lie, and copies in those from elsewhere.
@@ -202,7 +209,7 @@ class GraphEngine:
         Raises RuntimeError if a later prefill has written over the cache.
         """
         if isinstance(cache, GraphCache) and cache.owner in self._slots.values():
-            if cache.generation != cache.owner.generation:
+            if not self.holds(cache):
                 raise RuntimeError(
                     "a later prefill has written over this PrefixCache: run denoise before the next prefill, or clone "
                     "the cache's tensors to keep them"

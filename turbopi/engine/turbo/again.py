@@ -18,6 +18,7 @@ from ...errors import NonFiniteActionsError
 from ...model import PrefixCache
 from ..base import Precision
 from ..integrate import EulerStep, Guidance, Steering, guidance_strength
+from ..reuse import copied
 from .arena import Arena, Request
 from .buckets import Bucket, bucket_for_rows, token_buckets
 from .buffers import Buffers, RequestBuffers
@@ -71,6 +72,7 @@ class Host(Protocol):
     ) -> tuple[object, Callable[[], None]]: ...
     def _buffers_with(self, cache: PrefixCache) -> Buffers: ...
     def holds(self, cache: PrefixCache) -> bool: ...  # noqa: D102
+    def _lent(self, cache: TurboCache) -> bool: ...
     def denoise(self, cache: PrefixCache, state: Tensor, noise: Tensor, steps: int) -> Tensor: ...  # noqa: D102
 
 
@@ -79,11 +81,14 @@ class Again:
 
     def holds(self: Host, cache: PrefixCache) -> bool:
         """See `HoldingEngine`."""
-        if not isinstance(cache, TurboCache) or not cache.unchanged:
+        if not isinstance(cache, TurboCache) or not cache.unchanged or not self._lent(cache):
             return False
-        batch = len(cache.lengths)
-        ours = cache.buffers is self._arena(batch).buffers(cache.buffers.bucket)
-        return ours and cache.generation == self._generations.get(batch)
+        return cache.generation == self._generations.get(len(cache.lengths))
+
+    def _lent(self: Host, cache: TurboCache) -> bool:
+        """Whether the cache was handed out here, and not by another engine."""
+        bucket = cache.buffers.bucket
+        return cache.buffers is self._arena(bucket.batch).buffers(bucket)
 
     def last_cache(self: Host, batch: int = 1) -> TurboCache:
         """See `AgainEngine`."""
@@ -178,11 +183,15 @@ class Again:
         if self.holds(cache):
             assert isinstance(cache, TurboCache)
             return cache.buffers
-        if isinstance(cache, TurboCache) and cache.unchanged:
-            raise RuntimeError(
-                "something was computed over this PrefixCache since it was made: run denoise first, or clone its "
-                "tensors into a PrefixCache to keep them"
-            )
+        if isinstance(cache, TurboCache):
+            stale = cache.generation != self._generations.get(cache.buffers.bucket.batch)
+            if cache.unchanged or (stale and self._lent(cache)):
+                raise RuntimeError(
+                    "something was computed over this PrefixCache since it was made: run denoise first, or clone its "
+                    "tensors into a PrefixCache to keep them"
+                )
+            # What nobody has put anything else for lies in buckets that overlap with the one that it is copied to.
+            cache = copied(cache)
         check_foreign(cache)
         batch = len(cache.lengths)
         buffers = self._arena(batch).buffers(bucket_for_rows(self.config, batch, int(cache.lengths.max())))

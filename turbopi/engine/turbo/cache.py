@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...model import PrefixCache
+from ..reuse import LentCache
 from .arena import Arena
 from .buffers import Buffers
 
 
 @dataclass(frozen=True)
-class TurboCache(PrefixCache):
+class TurboCache(LentCache):
     """A PrefixCache of views into an arena's keys and values, as long as nothing is computed over them.
 
     That is until the next tick, the next `prefill`, or the next `denoise` of another engine's cache, of the same batch
@@ -23,17 +23,18 @@ class TurboCache(PrefixCache):
     Attributes:
         bucket: whose layout the views have.
         generation: of the arena's contents; a later one means that these are gone.
-        original: the lengths as they were handed out.
+        original: keys, values, lengths and valid as they were handed out.
     """
 
     buffers: Buffers
     generation: int
-    original: Tensor
+    original: tuple[object, ...]
 
     @property
     def unchanged(self) -> bool:
-        """Whether nobody has put other lengths into it."""
-        return self.lengths is self.original
+        """Whether nobody has put anything else into it."""
+        now = self.keys, self.values, self.lengths, self.valid
+        return all(a is b for a, b in zip(now, self.original, strict=True))
 
 
 def hand_out(arena: Arena, buffers: Buffers, lengths: np.ndarray, generation: int) -> TurboCache:
@@ -45,7 +46,8 @@ def hand_out(arena: Arena, buffers: Buffers, lengths: np.ndarray, generation: in
     else:
         on_device = torch.from_numpy(lengths.astype(np.int64)).to(device)
         valid = torch.arange(longest, device=device) < on_device[:, None]
-    return TurboCache(*arena.cut(buffers, longest), on_device, valid, buffers, generation, on_device)
+    parts = *arena.cut(buffers, longest), on_device, valid
+    return TurboCache(*parts, buffers, generation, parts)
 
 
 def check_foreign(cache: PrefixCache) -> None:
