@@ -60,6 +60,27 @@ def test_there_is_no_last_cache_before_a_tick_or_behind_a_stage() -> None:
         engine.last_cache()
 
 
+def test_a_failed_tick_leaves_no_last_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Least of all the one of the observation before it."""
+    engine = twins(model())
+    x, noise = observation(engine.config, [9])
+    engine.sample_actions(x, noise, 2)
+    cache = engine.last_cache()
+    y, _ = observation(engine.config, [9], seed=1)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        engine.sample_actions(y, noise, 0)
+    assert engine.holds(cache)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_vision", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.sample_actions(y, noise, 2)
+    assert not engine.holds(cache)
+    with pytest.raises(RuntimeError, match="was not a whole tick"):
+        engine.last_cache()
+    engine.sample_actions(y, noise, 2)
+    assert engine.holds(engine.last_cache())
+
+
 def test_encoding_other_images_leaves_the_cache_alone() -> None:
     """A similarity gate looks at new image tokens before it decides to use the old cache."""
     engine = twins(model())

@@ -200,7 +200,12 @@ class TurboEngine(Again):
         return tick.read()
 
     def place(self, input: ModelInput, noise: Tensor, steps: int) -> Tick:  # noqa: A002
-        """Write a request into its bucket's pinned memory. The next `place` of the batch size writes over it."""
+        """Write a request into its bucket's pinned memory. The next `place` of the batch size writes over it.
+
+        Raises InputError as `sample_actions`, and ValueError for less than one step; the engine is then as it was.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         input.check_shapes(self.config, uint8_images=True)
         batch = input.tokens.shape[0]
         check_request_noise(noise, batch, self.config)
@@ -209,11 +214,11 @@ class TurboEngine(Again):
         request = arena.request(layout.bucket, input.images.dtype)
         write_request(request.arrays, layout, input, noise)
         buffers = arena.buffers(layout.bucket)
-        self._placed[batch] = Placed(buffers, layout.lengths, self._next_generation(batch))
-        return self._tick_of(request, buffers, steps)
+        placed = Placed(buffers, layout.lengths, self._next_generation(batch))
+        return self._tick_of(request, buffers, steps, placed)
 
-    def _tick_of(self, request: Request, buffers: Buffers, steps: int) -> Tick:
-        return Tick(self, self._arena(buffers.bucket.batch), request, buffers, steps)
+    def _tick_of(self, request: Request, buffers: Buffers, steps: int, placed: Placed | None = None) -> Tick:
+        return Tick(self, self._arena(buffers.bucket.batch), request, buffers, steps, placed)
 
     @torch.no_grad()
     def warm_up(self, cameras: int, steps: int, batch: int = 1, images: torch.dtype = torch.uint8) -> None:

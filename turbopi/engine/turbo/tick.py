@@ -21,15 +21,25 @@ from .buckets import Bucket, Layout, host_array
 from .buffers import Buffers
 
 if TYPE_CHECKING:
+    from .again import Placed
     from .engine import TurboEngine
 
 
 class Tick:
     """One request in its bucket. A call is `start` and `read`; upload, launch and read are it in parts, to be timed."""
 
-    def __init__(self, engine: TurboEngine, arena: Arena, request: Request, buffers: Buffers, steps: int) -> None:
+    def __init__(
+        self,
+        engine: TurboEngine,
+        arena: Arena,
+        request: Request,
+        buffers: Buffers,
+        steps: int,
+        placed: Placed | None = None,
+    ) -> None:
         self._engine, self._arena, self.request, self.buffers = engine, arena, request, buffers
         self.steps = steps
+        self._placed = placed
         self._fetched = False
 
     @property
@@ -40,6 +50,7 @@ class Tick:
     def start(self) -> None:
         """Start everything, from the copy of the inputs to that of the actions; the first of a bucket captures it."""
         self._engine._run("call", self.request, self.buffers, self.steps)
+        self._note_cache()
         self._fetched = True
 
     def upload(self) -> None:
@@ -49,7 +60,13 @@ class Tick:
     def launch(self) -> None:
         """Start the computation alone; the first of a bucket captures it."""
         self._engine._run("tick", self.request, self.buffers, self.steps)
+        self._note_cache()
         self._fetched = False
+
+    def _note_cache(self) -> None:
+        """Only now the buffers hold this request's keys: one that failed has left another's, or parts of both."""
+        if self._placed is not None:
+            self._engine._placed[self.bucket.batch] = self._placed
 
     def launch_stage(self, stage: str) -> None:
         """Start one of `STAGES` alone. Raises ValueError for another name."""
