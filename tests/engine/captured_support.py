@@ -43,3 +43,13 @@ def observation(
         state=torch.rand(batch, config.state_dim, generator=g) * 2 - 1,
     )
     return inputs, torch.randn(batch, config.horizon, config.action_dim, generator=g)
+
+
+def unfit(x: ModelInput, noise: torch.Tensor) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """State and noise that a copy would broadcast or convert: what is wrong, state, noise."""
+    return [
+        ("state", x.state[:1], noise),
+        ("state", x.state.double(), noise),
+        ("noise", x.state, noise[:1]),
+        ("noise", x.state, noise.double()),
+    ]

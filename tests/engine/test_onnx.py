@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from captured_support import model, observation
+from captured_support import model, observation, unfit
+from turbo_support import uint8_input
 
 from turbopi import CheckpointError, InputError, Pi0
 from turbopi.engine import Engine, TickEngine, create_engine, sample_actions
@@ -96,6 +97,20 @@ def test_what_it_cannot_take(reference: Pi0, engine: TickEngine) -> None:
     layers = tuple(torch.zeros(shape) for _ in range(reference.config.vlm.depth))
     with pytest.raises(ValueError, match="39 valid tokens but the length 40"):
         engine.denoise(PrefixCache(layers, layers, torch.tensor([40]), holes), inputs.state, noise, STEPS)
+
+
+def test_stages_take_only_what_fits(reference: Pi0, engine: TickEngine) -> None:
+    """A copy into static memory would take grey levels for floats, and one noise for every sample."""
+    x, noise = observation(reference.config, [9, 20])
+    grey, _ = uint8_input(x)
+    for images in (grey.images, x.images[:, :, :, :1]):
+        with pytest.raises(InputError, match=r"^images is "):
+            engine.encode_images(images, x.image_mask)
+    with torch.no_grad():
+        cache = reference.prefill(reference.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
+    for what, state, start in unfit(x, noise):
+        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
+            engine.denoise(cache, state, start, STEPS)
 
 
 def test_it_says_how_it_runs(engine: TickEngine) -> None:

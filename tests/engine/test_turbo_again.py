@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from captured_support import Rerun, model, observation
+from captured_support import Rerun, model, observation, unfit
 from turbo_support import STAGE_TOLERANCE, cloned, relative, twins
 
 from turbopi.engine.eager import EagerEngine
@@ -12,7 +12,7 @@ from turbopi.engine.integrate import FixedPrefix, Guidance, steps_at, uniform_st
 from turbopi.engine.reuse import AgainEngine, SteppingEngine, copied
 from turbopi.engine.turbo import TurboEngine
 from turbopi.engine.turbo.ops import twin_ops
-from turbopi.errors import NonFiniteActionsError
+from turbopi.errors import InputError, NonFiniteActionsError
 
 KINDS = ["pi0-tiny", "pi05-tiny"]
 
@@ -157,6 +157,18 @@ def test_steering_that_turbo_cannot_do() -> None:
     for steering in (FixedPrefix(noise, 2), Guidance(noise, torch.ones(10), 10.0, true_jacobian=True)):
         with pytest.raises(ValueError, match="use the engine 'eager'"):
             engine.integrate(cache, x.state, noise, steps, steering)
+
+
+def test_state_and_noise_that_do_not_fit_the_cache_are_refused() -> None:
+    engine = twins(model())
+    x, noise = observation(engine.config, [9, 20])
+    engine.sample_actions(x, noise, 2)
+    cache, steps = engine.last_cache(2), uniform_steps(engine.config, 2)
+    for what, state, start in unfit(x, noise):
+        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
+            engine.sample_again(cache, state, start, 2)
+        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
+            engine.integrate(cache, state, start, steps)
 
 
 def test_not_a_number_is_said() -> None:

@@ -16,6 +16,7 @@ from .capture import CudaGraphRecorder, Recorder, Work, require_cuda
 from .packing import Packing, in_place, pack
 from .recent import Recent
 from .reuse import LentCache
+from .stage_inputs import check_images, check_state_and_noise
 
 CAPACITY = 32
 """Shapes kept at a time. A state that is spelled in the prompt changes its length by a handful of tokens."""
@@ -127,6 +128,7 @@ class StageGraphs:
 
     def encode_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
         """Stage 1; see `Engine`. Missing cameras are zeros under "dropped", as in the reference."""
+        check_images(self.config, images, len(image_mask))
         present = image_mask.cpu().numpy()
         if self.config.invalid_tokens == "masked":
             present = np.ones_like(present)
@@ -209,6 +211,7 @@ class StageGraphs:
 
         Raises RuntimeError if a later prefill has written over the cache.
         """
+        check_state_and_noise(self.config, state, noise, len(cache.lengths))
         prefix = self._holding(cache)
         run = prefix.denoise.get(steps, lambda: self._capture_denoise(prefix.cache, steps))
         run.state.copy_(state)

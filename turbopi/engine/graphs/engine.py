@@ -26,6 +26,7 @@ from ...model.inputs import check_noise
 from ..base import Precision
 from ..recent import Recent
 from ..reuse import LentCache
+from ..stage_inputs import check_images, check_state_and_noise
 from .source import FoundGraph, GraphSource, bucket_for
 
 STEP_COUNTS = 4
@@ -146,6 +147,7 @@ class GraphEngine:
     def encode_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
         """Stage 1; see `Engine`. Missing cameras are zeros."""
         _require_samples(images)
+        check_images(self.config, images, len(image_mask))
         found = [self._encode(images[sample], image_mask[sample]) for sample in range(len(images))]
         shape = (len(found), self.config.cameras, *found[0].shape[1:])
         tokens = torch.zeros(shape, dtype=found[0].dtype, device=self.device)
@@ -208,6 +210,7 @@ class GraphEngine:
 
         Raises RuntimeError if a later prefill has written over the cache.
         """
+        check_state_and_noise(self.config, state, noise, len(cache.lengths))
         if isinstance(cache, GraphCache) and cache.owner in self._slots.values():
             if not self.holds(cache):
                 raise RuntimeError(

@@ -19,6 +19,7 @@ from ...model import PrefixCache
 from ..base import Precision
 from ..integrate import EulerStep, Guidance, Steering, guidance_strength
 from ..reuse import copied
+from ..stage_inputs import check_state_and_noise
 from .arena import Arena, Request
 from .buckets import Bucket, bucket_for_rows, token_buckets
 from .buffers import Buffers, RequestBuffers
@@ -106,6 +107,7 @@ class Again:
                 raise NonFiniteActionsError(f"the engine 'turbo' in {self.precision} computed NaN or infinite actions")
             return actions
         assert isinstance(cache, TurboCache)
+        check_state_and_noise(self.config, state, noise, len(cache.lengths))
         arena, buffers = self._arena(len(cache.lengths)), cache.buffers
         request = arena.request(buffers.bucket, torch.uint8)
         with self._on_device():
@@ -164,6 +166,7 @@ class Again:
                 "the engine 'turbo' guides with the Jacobian taken as the identity; for the true Jacobian or a fixed "
                 "prefix use the engine 'eager'"
             )
+        check_state_and_noise(self.config, state, noise, len(cache.lengths))
         buffers = self._buffers_with(cache)
         request = self._arena(len(cache.lengths)).request(buffers.bucket, torch.float32)
         request.device.lengths.copy_(cache.lengths)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ...errors import InputError
 from ...model import Pi0
 from ...quant import Quantisation
 from ...quant.fp8 import check_fp8
@@ -64,14 +62,6 @@ def check_quantisation(model: Pi0, precision: Precision, quantisation: Quantisat
         check_fp8(model.config, quantisation)
     elif quantisation is not None:
         raise ValueError(f"precision {precision!r} quantises nothing; use 'fp8', or give no plan and no calibration")
-
-
-def check_stage_input(name: str, value: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise InputError unless a tensor has this shape and one of these dtypes: copies would broadcast or convert it."""
-    if tuple(value.shape) != shape or value.dtype not in dtypes:
-        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        got = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        raise InputError(f"{name} is {got}, expected {shape} {known}")
 
 
 def too_large(what: str, error: Exception) -> RuntimeError:

@@ -17,12 +17,13 @@ from ...quant import Quantisation
 from ...quant.fp8 import fp8_details
 from ..base import Precision, register_engine
 from ..capture import CudaGraphRecorder, Recorder
+from ..stage_inputs import check_images, check_stage_input, check_state_and_noise
 from .again import Again, Placed, SteeringBuffers
 from .arena import Arena, Request
 from .buckets import Bucket, Layout, camera_places, lay_out, token_buckets
 from .buffers import Buffers, RequestBuffers
 from .cache import TurboCache, hand_out
-from .checks import PRECISIONS, check_device, check_model, check_quantisation, check_stage_input, too_large
+from .checks import PRECISIONS, check_device, check_model, check_quantisation, too_large
 from .denoise import DenoiseLoop, Schedules, note_finite
 from .graphs import GraphSet, ieee_float32
 from .loops import LoopName, make_loop, told
@@ -252,9 +253,8 @@ class TurboEngine(Again):
     def encode_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
         """Stage 1; see `Engine`. Images may be uint8. Missing cameras are not computed: their tokens are zeros."""
         places, most = camera_places(image_mask)
-        batch, size = len(places), self.config.vision.image_size
-        shape = (batch, self.config.cameras, 3, size, size)
-        check_stage_input("images", images, shape, (torch.float32, torch.uint8))
+        batch = len(places)
+        check_images(self.config, images, batch, uint8=True)
         arena = self._arena(batch)
         buffers = arena.buffers(Bucket(batch, most, token_buckets(self.config)[0]))
         request = arena.request(buffers.bucket, images.dtype)
@@ -297,9 +297,8 @@ class TurboEngine(Again):
             RuntimeError: something was computed over this cache since; see `TurboCache`.
             ValueError: a cache from elsewhere whose lengths are not its number of valid tokens, or that is too long.
         """
-        batch, config = len(cache.lengths), self.config
-        check_stage_input("state", state, (batch, config.state_dim), (torch.float32,))
-        check_stage_input("noise", noise, (batch, config.horizon, config.action_dim), (torch.float32,))
+        batch = len(cache.lengths)
+        check_state_and_noise(self.config, state, noise, batch)
         arena = self._arena(batch)
         buffers = self._buffers_with(cache)
         request = arena.request(buffers.bucket, torch.float32)
