@@ -136,6 +136,11 @@ PLANTED = {
         "configuration and tensors",
         "horizon is unknown",
     ),
+    "no heads": (
+        declare_turbopi(vlm={"kv_heads": 0}, expert={"head_dim": "32"}),
+        "configuration and tensors",
+        r"vlm\.kv_heads 0, expert\.head_dim '32', expected integers of at least 1",
+    ),
     "kind": (declare_turbopi(kind="pi0"), "model kind", r"weights of pi05, but turbopi\.kind says 'pi0'"),
     "no kind": (
         lambda p: edit_weights(p, lambda w: [w.pop(f"time_mlp_in.{x}") for x in ("weight", "bias")]),

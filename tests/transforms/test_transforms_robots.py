@@ -221,6 +221,8 @@ def test_lerobots_empty_cameras_and_relative_actions():
     [
         ({"type": "act"}, "type 'act', expected 'pi0' or 'pi05'"),
         ({"input_features": None}, "has no input_features"),
+        ({"empty_cameras": "1"}, "has empty_cameras '1', expected a number"),
+        ({"empty_cameras": -1}, "has empty_cameras -1, expected a number"),
         ({"output_features": {}}, r"output_features\['action'\] with shape None"),
         ({"output_features": {"action": {"shape": [7, 2]}}}, r"shape \[7, 2\], expected one length"),
         ({"input_features": {"observation.state": {"shape": [8]}}}, "lists no VISUAL feature"),

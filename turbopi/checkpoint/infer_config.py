@@ -57,7 +57,7 @@ class _Shapes:
 def stated_config(declared: Mapping[str, Any]) -> dict[str, Any]:
     """The checked `turbopi` object of a config.json, {} if there is none.
 
-    Raises CheckpointError if it is no object or has fields that `ModelConfig` does not.
+    Raises CheckpointError if it is no object, has fields that `ModelConfig` does not, or a tower's size is no size.
     """
     stated = declared.get(TURBOPI, {})
     if not isinstance(stated, Mapping):
@@ -70,6 +70,15 @@ def stated_config(declared: Mapping[str, Any]) -> dict[str, Any]:
         unknown += [f"{part}.{key}" for key in sorted(set(values) - {f.name for f in dataclasses.fields(cls)})]
     if unknown:
         raise CheckpointError(f'"{TURBOPI}" in config.json has unknown fields: {", ".join(unknown)}; remove them')
+    # Before anything is divided by them.
+    wrong = [
+        f"{part}.{key} {value!r}"
+        for part in _PARTS
+        for key, value in stated.get(part, {}).items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    if wrong:
+        raise CheckpointError(f'"{TURBOPI}" in config.json has {", ".join(wrong)}, expected integers of at least 1')
     return dict(stated)
 
 

@@ -30,7 +30,10 @@ def robot_from_lerobot(config: Mapping[str, Any], name: str = "lerobot") -> Robo
     inputs, outputs = (_mapping(config, field) for field in ("input_features", "output_features"))
     cameras = [key for key, feature in inputs.items() if _type(feature) == "VISUAL"]
     # lerobot adds these when it loads a config; a config saved earlier may not list them yet.
-    padding = (f"{_IMAGES}.empty_camera_{i}" for i in range(config.get("empty_cameras") or 0))
+    empty = config.get("empty_cameras") or 0
+    if not isinstance(empty, int) or empty < 0:
+        raise ValueError(f"lerobot config.json has empty_cameras {empty!r}, expected a number of cameras")
+    padding = (f"{_IMAGES}.empty_camera_{i}" for i in range(empty))
     cameras += [key for key in padding if key not in cameras]
     if not cameras:
         raise ValueError("lerobot config.json lists no VISUAL feature in input_features; a π model needs a camera")
