@@ -10,11 +10,12 @@ import turbopi
 
 PACKAGE = Path(turbopi.__file__).parent
 PICTURE = PACKAGE.parent / "docs" / "architecture.md"
-ROOT = {"config", "errors", "__init__"}
+ROOT = {"config", "errors", "files", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "errors": set(),
-    "kernels": {"errors"},
+    "files": set(),
+    "kernels": {"errors", "files"},
     "model": ROOT,
     "transforms": ROOT,
     "checkpoint": ROOT | {"model", "transforms"},

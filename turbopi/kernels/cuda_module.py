@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,12 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import write_whole
+
+_log = logging.getLogger(__name__)
+
 TENSOR_MAP_BYTES = 128
 
 
 def cache_directory() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/turbopi/kernels`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "turbopi" / "kernels"
+    # Set to nothing it counts as not set, says the specification.
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbopi" / "kernels"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class CudaModule:
         options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
         text = defined(source, definitions).encode()
         with torch.cuda.device(device):
-            self._module = self._check(self._driver.cuModuleLoadData(self._binary(text, options)))
+            self._module = self._load(text, options)
         self._functions: dict[str, Any] = {}
 
     def launch(self, name: str, arguments: ctypes.Structure, launch: Launch) -> None:
@@ -130,19 +135,22 @@ class CudaModule:
             self._check(self._driver.cuFuncSetAttribute(self._functions[name], limit, shared_bytes))
         return self._functions[name]
 
-    def _binary(self, source: bytes, options: list[str]) -> bytes:
+    def _load(self, source: bytes, options: list[str]) -> Any:
+        """The module from the binary that is kept; where there is none, or none that loads, it is compiled and kept."""
         version = self._check(self._nvrtc.nvrtcVersion())
         key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()[:32]
         path = cache_directory() / f"{key}.cubin"
-        if path.exists():
-            return path.read_bytes()
+        try:
+            if path.exists():
+                return self._check(self._driver.cuModuleLoadData(path.read_bytes()))
+        except (OSError, RuntimeError) as error:
+            _log.warning("%s does not load (%s): it is compiled anew", path, error)
         binary = self._compile(source, options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that a neighbour process never reads half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(binary)
-        Path(file.name).replace(path)
-        return binary
+        try:
+            write_whole(path, binary)
+        except OSError as error:
+            _log.warning("%s cannot be kept (%s): every start compiles it anew", path, error)
+        return self._check(self._driver.cuModuleLoadData(binary))
 
     def _compile(self, source: bytes, options: list[str]) -> bytes:
         nvrtc = self._nvrtc

@@ -1,0 +1,21 @@
+"""Files that several processes may write and read at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import uuid4
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and its directory if there is none, so that a neighbour process reads all of it or what was there.
+
+    Raises OSError, and then leaves nothing behind but the directory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
