@@ -17,7 +17,7 @@ from turbopi.engine import create_engine
 from turbopi.engine.graphs.engine import GraphEngine
 from turbopi.engine.graphs.source import ModelGraphs
 from turbopi.engine.tensorrt import runtime
-from turbopi.engine.tensorrt.api import load_tensorrt
+from turbopi.engine.tensorrt.api import PlanKey, load_tensorrt
 from turbopi.engine.tensorrt.build import BuildOptions
 from turbopi.engine.tensorrt.plans import PlanCache
 from turbopi.engine.tensorrt.runtime import TensorrtRunner
@@ -105,8 +105,8 @@ def test_an_engine_built_for_another_gpu(
 
 def test_a_plan_that_is_not_what_its_note_says(trt: FakeTensorRT, graphs: ModelGraphs, tmp_path: Path) -> None:
     found = graphs.find("vision", 2, 32, STEPS)
-    runner = TensorrtRunner(trt, PlanCache(tmp_path), CPU, None)
-    runner.open(found, {})
+    TensorrtRunner(trt, PlanCache(tmp_path), CPU, None).open(found, {})
+    runner = TensorrtRunner(trt, PlanCache(tmp_path, may_build=False), CPU, None)
     plan = plans(tmp_path)[0]
     note = plan.with_suffix(".json")
     facts = json.loads(note.read_text())
@@ -120,6 +120,23 @@ def test_a_plan_that_is_not_what_its_note_says(trt: FakeTensorRT, graphs: ModelG
     note.write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         runner.open(found, {})
+
+
+@pytest.mark.parametrize("left", [b"another process's plan", b""])
+def test_a_plan_and_a_note_of_two_processes_are_built_anew(tmp_path: Path, left: bytes) -> None:
+    key, built = PlanKey("GPU", "9.0", "10.13", "graph", "weights"), []
+
+    def build() -> bytes:
+        built.append(b"plan")
+        return b"plan"
+
+    PlanCache(tmp_path).get(key, build)
+    plans(tmp_path)[0].write_bytes(left)
+    for _ in range(2):
+        assert PlanCache(tmp_path).get(key, build) == b"plan"
+    assert len(built) == 2
+    assert PlanCache(tmp_path, may_build=False).get(key, build) == b"plan"
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".plan"]
 
 
 @pytest.mark.parametrize(

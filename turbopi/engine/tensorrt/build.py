@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import write_whole
+
 GIBIBYTE = 1 << 30
 
 
@@ -72,5 +74,4 @@ def _give_timing_cache(config: Any, options: BuildOptions) -> None:
 
 def _keep_timing_cache(config: Any, options: BuildOptions) -> None:
     if options.timing_cache is not None:
-        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write_whole(options.timing_cache, bytes(config.get_timing_cache().serialize()))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ...files import write_whole
 from .api import PlanKey
+
+_log = logging.getLogger(__name__)
 
 PLAN, NOTE = ".plan", ".json"
 
@@ -32,24 +36,29 @@ class PlanCache:
         return self.directory / "timing.cache"
 
     def get(self, key: PlanKey, build: Callable[[], bytes]) -> bytes:
-        """The engine of a key, built and kept if it is not there.
+        """The engine of a key, built and kept if it is not there, or not what its note says.
 
         Raises:
             ValueError: it is not there and may not be built; tells what the engines that are there were built for.
-            CheckpointError: a plan that is not what its note says.
+            CheckpointError: it is not what its note says and may not be built.
         """
         name = hashlib.sha256(json.dumps(key.to_dict(), sort_keys=True).encode()).hexdigest()[:24]
         plan, note = self.directory / f"{name}{PLAN}", self.directory / f"{name}{NOTE}"
         if plan.is_file() and note.is_file():
-            return self._read(plan, note, key)
+            try:
+                return self._read(plan, note, key)
+            except CheckpointError as error:
+                # Also what two processes leave that build the same engine at once: one's plan, the other's note.
+                if not self.may_build:
+                    raise
+                _log.warning("%s; it is built anew now", error)
         if not self.may_build:
             raise ValueError(self._missing(key))
         built = build()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        plan.write_bytes(built)
+        write_whole(plan, built)
         # The note last: a plan without one was cut off while it was written.
         facts = {**key.to_dict(), "bytes": len(built), "sha256": hashlib.sha256(built).hexdigest()}
-        note.write_text(json.dumps(facts, indent=1) + "\n")
+        write_whole(note, (json.dumps(facts, indent=1) + "\n").encode())
         return built
 
     def _read(self, plan: Path, note: Path, key: PlanKey) -> bytes:
