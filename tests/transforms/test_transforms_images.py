@@ -66,6 +66,11 @@ def test_rounding_noise_at_the_ends_is_let_pass():
     assert kept[:, 0, 0].tolist() == [0.0, 1.0]
 
 
+def test_a_product_that_rounds_to_256_is_white():
+    image = np.full((2, 2, 3), 1.00390625, np.float16)  # 255 times that is 255.996, in float16 256
+    assert parse_image(image, "image").min() == 255
+
+
 def test_to_model_divides():
     every_level = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     result = to_model(every_level)

@@ -50,7 +50,8 @@ def parse_image(value: Any, name: str, layout: ImageLayout = "auto", *, keep_flo
     _check_float_range(image, name, advice)
     if keep_float:
         return np.clip(image.astype(np.float32), 0.0, 1.0)
-    return (255 * image).astype(np.uint8)
+    # A float16 just below 256 is rounded to it by the product, and 256 would become 0.
+    return np.clip(255 * image, 0, 255).astype(np.uint8)
 
 
 def _check_float_range(image: np.ndarray, name: str, advice: str) -> None:
