@@ -11,7 +11,11 @@ from .weights import TurboWeights
 
 
 def embed(config: ModelConfig, weights: TurboWeights, ops: Ops, request: RequestBuffers, buffers: Buffers) -> None:
-    """Image tokens, then each sample's prompt from its row `first` on. Every row is written: none keeps old values."""
+    """Image tokens, then each sample's prompt from its row `first` on.
+
+    Every row that a sample counts is written. In a ragged batch, rows behind a prompt that begins further in front than
+    the others' keep old values; no valid row reads them.
+    """
     b, rows = buffers.prefill, buffers.rows
     images = buffers.bucket.cameras * config.vision.tokens
     if images:
