@@ -31,6 +31,7 @@ def test_right_engines_are_within_budget(engine: str, precision: Any, kind: str)
     assert results["first_divergence"] is None
     assert [check for check in results["checks"] if check["passed"] is False] == []
     if engine == "turbo":
+        assert sum(check["name"].startswith("deployed, ") for check in results["checks"]) == 4
         off = results["deployed"]["actions_error"]
         assert off <= 2 * max(results["actions"]["plain"], 1e-6)
 

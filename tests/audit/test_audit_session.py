@@ -14,8 +14,10 @@ from turbopi.audit.plan import suggest_plan
 from turbopi.audit.session import AuditOptions, audit
 from turbopi.audit.subjects import Pair, SubjectName, make_pair
 from turbopi.checkpoint import init_checkpoint
+from turbopi.cli.audit import is_clean, summary
 from turbopi.config import GemmaConfig, VisionConfig, preset
-from turbopi.model import Pi0
+from turbopi.errors import NonFiniteActionsError
+from turbopi.model import ModelInput, Pi0
 from turbopi.quant import PrecisionPlan
 from turbopi.sim import sources
 
@@ -44,6 +46,53 @@ def test_a_clean_audit_says_so_and_makes_no_verdict_on_tasks() -> None:
     assert {len(column) for column in tensors.values()} == {len(tensors["name"])}
     assert set(results["amplification"]) >= {"actions", "prefix.layers.1.stream", "step1.layers.1.stream"}
     assert "safe" not in json.dumps(results).lower()
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "NaN", "refused", "twice the error"])
+def test_a_deployed_tick_that_is_wrong_fails_the_audit(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = graph_of(CONFIG).model
+    pair = pair_of(SubjectName("turbo-twins", "bf16"), reference)
+    assert pair.deployed is not None
+    right = pair.deployed.sample_actions
+
+    def deployed(*inputs: Any) -> torch.Tensor:
+        if wrong == "refused":
+            raise NonFiniteActionsError("NaN")
+        if wrong == "twice the error":
+            truth = graph_of(CONFIG).truth
+            return truth + 3 * (right(*inputs) - truth)
+        return right(*inputs) * (0.0 if wrong == "zeros" else float("nan"))
+
+    monkeypatch.setattr(pair.deployed, "sample_actions", deployed)
+    results = audit(pair, reference, [sample(CONFIG)], AuditOptions(switches=False, checks=False))
+    assert results["over_budget"] == 0
+    assert [check["name"] for check in results["checks"] if not check["passed"]] == ["deployed, the whole tick"]
+    assert not is_clean(results)
+    assert any("deployed: the whole tick's actions have" in str(line) for line in summary(results))
+    json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.parametrize("mistake", ["determinism", "no memory", "mask"])
+def test_a_deployed_tick_is_asked_what_needs_no_reference(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = graph_of(CONFIG).model
+    pair = pair_of(SubjectName("turbo-twins", "bf16"), reference)
+    assert pair.deployed is not None
+    right, states = pair.deployed.sample_actions, [sample(CONFIG).inputs.state]
+
+    def deployed(inputs: ModelInput, *rest: Any) -> torch.Tensor:
+        states.append(inputs.state)
+        moved = {
+            "determinism": 1e-6 * len(states),
+            "no memory": 1e-6 * float(len(states) > 5 and not torch.equal(states[-1], states[-2])),
+            "mask": 1e-6 * float(inputs.tokens.float().mean()),
+        }
+        return right(inputs, *rest) + moved[mistake]
+
+    monkeypatch.setattr(pair.deployed, "sample_actions", deployed)
+    results = audit(pair, reference, [sample(CONFIG), sample(CONFIG, 1)], AuditOptions(switches=False))
+    failed = [check["name"] for check in results["checks"] if check["passed"] is False]
+    assert any(name.startswith(f"deployed, {mistake}") for name in failed)
+    assert all(name.startswith("deployed, ") for name in failed)
 
 
 def test_a_bug_is_named_with_where_to_look_and_what_heals(tmp_path: Path) -> None:

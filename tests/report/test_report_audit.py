@@ -115,6 +115,16 @@ def test_a_clean_page_says_no_more_than_that(tmp_path: Path) -> None:
     assert "Switches" not in page
 
 
+def test_a_check_without_ranges_has_its_table(tmp_path: Path) -> None:
+    path = receipt(tmp_path / "audit.json", broken=False)
+    content = json.loads(path.read_text())
+    content["results"]["checks"] = [{"name": "deployed, the whole tick", "passed": False, "detail": "off"}]
+    path.write_text(json.dumps(content))
+    page = write_audit_report(path).read_text()
+    assert "deployed, the whole tick" in page
+    assert "Ranges" not in page
+
+
 def test_played_episodes_have_their_table(tmp_path: Path) -> None:
     path = receipt(tmp_path / "audit.json", broken=False)
     content = json.loads(path.read_text())

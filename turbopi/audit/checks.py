@@ -92,6 +92,24 @@ def run_checks(
     ]
 
 
+def run_tick_checks(tick: Subject, config: ModelConfig, sample: Sample, other: Sample | None) -> list[Check]:
+    """Those that can be asked of a whole tick, which tells of no tensors: same bits again, no memory, no leak.
+
+    Args:
+        tick: the engine as it is deployed.
+        config: of its model.
+        sample: a frame.
+        other: another frame, to have gone through the engine in between.
+    """
+    right = _actions(tick, sample)
+    checks = [
+        _determinism(tick, sample, right),
+        _history(tick, sample, other, right),
+        _mask_leak(tick, sample, config, right),
+    ]
+    return [replace(check, name=f"deployed, {check.name}") for check in checks]
+
+
 def _determinism(subject: Subject, sample: Sample, right: Tensor) -> Check:
     same = torch.equal(_actions(subject, sample), right)
     return Check("determinism: the same frame twice", same, "bit-identical" if same else "actions differ")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..model import Pi0
-from .checks import not_finite, ranges, run_checks
+from .checks import Check, not_finite, ranges, run_checks, run_tick_checks
 from .closed_loop import NO_VERDICT
 from .graph import ReferenceGraph
 from .measure import (
@@ -31,7 +31,7 @@ from .measure import (
 from .names import place
 from .plan import suggest_plan
 from .sample import Sample
-from .subjects import Pair
+from .subjects import Pair, TickSubject
 from .switches import coarse_switches, fine_switches, heal, healer, layers_that_matter, over_budget
 
 Progress = Callable[[str], None]
@@ -173,11 +173,13 @@ class _Audit:
                 "plain": _number(actions.plain["free"].rms),
             },
         }
-        if pair.deployed is not None:
-            found["deployed"] = self._deployed(actions)
         if self.options.checks:
             with self._timed("checks"):
                 found |= self._checks(actions.plain["free"])
+        if pair.deployed is not None:
+            with self._timed("deployed"):
+                found["deployed"], checks = self._deployed(actions)
+            found["checks"] = [*found.get("checks", []), *(check.to_dict() for check in checks)]
         if self.options.switches:
             with self._timed("switches"):
                 found["sensitivity"] = self._sensitivity(readings)
@@ -189,20 +191,26 @@ class _Audit:
         found["closed_loop"] = {"played": False, "verdict": NO_VERDICT}
         return {**found, "seconds": self.seconds}
 
-    def _deployed(self, audited: Reading) -> dict[str, Any]:
+    def _deployed(self, audited: Reading) -> tuple[dict[str, Any], list[Check]]:
         """The whole tick as it runs outside an audit, held against the reference like the audited form."""
-        engine = self.pair.deployed
+        engine, candidate = self.pair.deployed, self.pair.candidate
         assert engine is not None
-        off = Differences()
+        tick, off = TickSubject(candidate.name, engine, candidate.allowed), Differences()
         for graph in self.graphs:
-            sample = graph.sample
-            actions = engine.sample_actions(sample.inputs, sample.noise, sample.steps)
-            off.add("actions", actions, graph.truth.cpu())
-        return {
-            **engine.describe(),
-            "actions_error": _number(off.read()["actions"].rms),
+            off.add("actions", tick.run(graph.sample, lambda *_: None), graph.truth.cpu())
+        error, allowed = off.read()["actions"], max(FLOOR, candidate.allowed * audited.plain["free"].rms)
+        passed = error.finite and error.rms <= allowed
+        detail = f"actions' relative error {error.rms:.2e}, allowed {allowed:.2e}"
+        checks = [Check("deployed, the whole tick", passed, detail)]
+        if self.options.checks:
+            other = self.samples[1] if len(self.samples) > 1 else None
+            checks += run_tick_checks(tick, self.graphs[0].config, self.samples[0], other)
+        figures = {
+            "actions_error": _number(error.rms),
+            "allowed_error": _number(allowed),
             "audited_actions_error": _number(audited.candidate["free"].rms),
         }
+        return {**engine.describe(), **figures}, checks
 
     def _checks(self, precision: Difference) -> dict[str, Any]:
         candidate, graph = self.pair.candidate, self.graphs[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..engine import EagerEngine, Engine, Precision, TurboEngine, create_engine, engines_for, precision_dtype
 from ..engine.turbo.ops import twin_ops
+from ..errors import NonFiniteActionsError
 from ..model import Pi0, PrefixCache
 from ..quant import Quantisation
 from .measure import Reordered
@@ -115,6 +116,30 @@ class StageSubject:
                 layers.append(changed)
             held[tensor] = tuple(layers)
         return PrefixCache(held["keys"], held["values"], cache.lengths, cache.valid) if replaced else cache
+
+
+class TickSubject:
+    """A whole tick as it is deployed: it tells of nothing.
+
+    Args:
+        name: ENGINE:PRECISION.
+        engine: that runs ticks.
+        allowed: see `Subject`.
+    """
+
+    granularity = "actions"
+    wide_logits = False
+
+    def __init__(self, name: str, engine: TurboEngine, allowed: float) -> None:
+        self.name, self.engine, self.allowed = name, engine, allowed
+
+    @torch.no_grad()
+    def run(self, sample: Sample, visit: Visit) -> Tensor:
+        """See `Subject`. Actions that the engine itself refuses for not being finite are NaN."""
+        try:
+            return self.engine.sample_actions(sample.inputs, sample.noise, sample.steps).cpu()
+        except NonFiniteActionsError:
+            return torch.full_like(sample.noise, float("nan"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -220,6 +220,10 @@ def summary(results: dict[str, Any]) -> Iterator[Any]:
         )
     errors = results["actions"]
     yield (f"actions: relative error {_figure(errors['candidate'])}; {results['plain']} has {_figure(errors['plain'])}")
+    if "deployed" in results:
+        tick = results["deployed"]
+        error, allowed = _figure(tick["actions_error"]), _figure(tick["allowed_error"])
+        yield f"deployed: the whole tick's actions have {error}, allowed {allowed}"
     yield worst_table(results["tensors"])
     if "sensitivity" in results:
         yield switch_table(results["sensitivity"])
@@ -274,7 +278,7 @@ def switch_table(sensitivity: dict[str, Any]) -> Table:
 
 def check_table(checks: list[dict[str, Any]]) -> Table:
     """What needs no reference."""
-    table = Table("check", "", "seen", title="without a reference")
+    table = Table("check", "", "seen", title="checks")
     words = {True: "[green]passed[/]", False: "[red]failed[/]", None: "not asked"}
     for check in checks:
         table.add_row(check["name"], words[check["passed"]], check["detail"])

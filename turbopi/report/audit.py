@@ -218,9 +218,14 @@ def _healed(switch: Line | None) -> str:
 
 
 def _checks(results: dict[str, Any]) -> Iterator[str]:
-    yield heading("Without a reference", "what must hold of any right implementation")
+    yield heading("Checks", "what must hold of any right implementation")
     words = {True: "passed", False: "failed", None: "not asked"}
     yield table(("check", "", "seen"), [(c["name"], words[c["passed"]], c["detail"]) for c in results["checks"]])
+    if "ranges" in results:
+        yield from _ranges(results)
+
+
+def _ranges(results: dict[str, Any]) -> Iterator[str]:
     yield heading(
         "Ranges",
         "of the candidate's tensors, largest first. Crest: largest value over root mean square. Lost in E4M3: the part "
