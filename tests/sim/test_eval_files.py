@@ -88,11 +88,21 @@ def test_a_run_may_grow(tmp_path: Path) -> None:
 def test_another_policy_is_refused_by_name(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, CONFIG) as run:
         run.confirm_policy({"device": "cpu"})
+    with RunDirectory(tmp_path, CONFIG) as run:  # an empty run may still become another
         run.confirm_policy({"device": "cuda"})
         run.append(RECORD)
         run.confirm_policy({"device": "cuda"})
     with RunDirectory(tmp_path, CONFIG) as run, pytest.raises(ValueError, match=r'policy\.device: "cuda" → "cpu"'):
         run.confirm_policy({"device": "cpu"})
+    assert read_config(tmp_path)["policy"] == {"device": "cuda"}
+
+
+def test_two_workers_have_one_policy(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, CONFIG) as run:
+        run.confirm_policy({"device": "cuda"})
+        run.confirm_policy({"device": "cuda"})
+        with pytest.raises(ValueError, match=r'different policies \(policy\.device: "cuda" → "cpu"\)'):
+            run.confirm_policy({"device": "cpu"})
     assert read_config(tmp_path)["policy"] == {"device": "cuda"}
 
 

@@ -167,6 +167,7 @@ class RunDirectory:
             ValueError: episodes of another configuration are there, or another process is writing.
         """
         self.path = path
+        self._confirmed = False
         path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -202,12 +203,16 @@ class RunDirectory:
     def confirm_policy(self, description: Mapping[str, Any]) -> None:
         """Note what the policy turned out to be (engine, precision, device, model), or check that it still is that.
 
-        Raises ValueError that names what differs if earlier episodes were played by another policy.
+        Raises ValueError that names what differs if earlier episodes or another worker have another policy.
         """
         new = json.loads(json.dumps(description))
         known = self._config.get("policy")
-        if known is not None and self.records:
-            self._refuse(differences(known, new, "policy"))
+        changes = [] if known is None else differences(known, new, "policy")
+        if self.records:
+            self._refuse(changes)
+        if self._confirmed and changes:
+            raise ValueError(f"workers of {self.path} have different policies ({'; '.join(changes)}); begin it again")
+        self._confirmed = True
         if known != new:
             self._config["policy"] = new
             write_json(self.path / CONFIG_FILE, self._config)
