@@ -11,8 +11,9 @@ from turbopi.audit.closed_loop import NO_VERDICT, ClosedLoop, play
 from turbopi.audit.graph import ReferenceGraph
 from turbopi.audit.load import Checkpointed, reference_model
 from turbopi.audit.plan import suggest_plan
+from turbopi.audit.sample import Sample
 from turbopi.audit.session import AuditOptions, audit
-from turbopi.audit.subjects import Pair, SubjectName, make_pair
+from turbopi.audit.subjects import Pair, StageSubject, SubjectName, make_pair
 from turbopi.checkpoint import init_checkpoint
 from turbopi.cli.audit import is_clean, summary
 from turbopi.config import GemmaConfig, VisionConfig, preset
@@ -184,6 +185,33 @@ def test_more_than_one_key_head_and_no_camera() -> None:
         assert results["over_budget"] == 0
     assert not any(name.startswith("vision") for name in ReferenceGraph(reference, blind).names)
     assert blind.steps == STEPS
+
+
+class SecondCamera(EagerEngine):
+    """Encodes the second camera wrongly."""
+
+    def encode_images(self, *inputs: torch.Tensor) -> torch.Tensor:
+        tokens = super().encode_images(*inputs).clone()
+        tokens[:, 1] *= 3
+        return tokens
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_camera_that_only_one_frame_has_is_judged(first: int) -> None:
+    def seen(seed: int, cameras: int) -> Sample:
+        x = sample(CONFIG, seed)
+        mask = torch.arange(CONFIG.cameras)[None] < cameras
+        return dataclasses.replace(x, inputs=dataclasses.replace(x.inputs, image_mask=mask))
+
+    reference = graph_of(CONFIG).model
+    wrong = StageSubject("wrong:fp32", SecondCamera(weights(CONFIG, torch.float32), "fp32"))
+    pair = dataclasses.replace(pair_of(SubjectName("eager", "fp32"), reference), candidate=wrong)
+    frames = [seen(0, first), seen(1, 3 - first)]
+    results = audit(pair, reference, frames, AuditOptions(checks=False))
+    assert results["first_divergence"]["tensor"] == "vision.cam1.tokens"
+    names = results["tensors"]["name"]
+    assert names[:3] == ["vision.cam0.tokens", "vision.cam1.tokens", "cache.layers.0.k"]
+    assert names[-1] == "actions"
 
 
 def test_a_worker_loads_the_same_candidate(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..engine import EagerEngine
 from .graph import ReferenceGraph
-from .names import place
+from .names import place, tensor_names
 from .probe import ModuleSubject
 from .sample import ALLOWED, Sample, Subject, Visit
 
@@ -224,7 +224,10 @@ def compare(candidate: Subject, plain: Subject, graphs: list[ReferenceGraph]) ->
                     sums[who, "free"].add(name, own[name], truth[name])
                     sums[who, "forced"].add(name, forced[name], truth[name])
     read = {key: found.read() for key, found in sums.items()}
-    order = [name for name in graphs[0].names if name in read["candidate", "alone"]]
+    # Frames may have different cameras: a tensor that only a later frame has is judged like the first one's.
+    cameras = sorted({camera for graph in graphs for camera in graph.sample.cameras})
+    known = tensor_names(graphs[0].config, cameras, max(graph.sample.steps for graph in graphs))
+    order = [name for name in known if name in read["candidate", "alone"]]
     return [
         Reading(
             name,

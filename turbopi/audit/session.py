@@ -185,9 +185,8 @@ class _Audit:
                 found["sensitivity"] = self._sensitivity(readings)
         if self.options.plan_share is not None:
             with self._timed("plan"):
-                found["plan"] = suggest_plan(
-                    pair.candidate, graph, [r.name for r in readings], self.options.plan_share, self.progress
-                )
+                told = [reading.name for reading in self._of_first_frame(readings)]
+                found["plan"] = suggest_plan(pair.candidate, graph, told, self.options.plan_share, self.progress)
         found["closed_loop"] = {"played": False, "verdict": NO_VERDICT}
         return {**found, "seconds": self.seconds}
 
@@ -220,8 +219,13 @@ class _Audit:
         rows = [{k: _number(v) if isinstance(v, float) else v for k, v in row.items()} for row in ranges(told)]
         return {"checks": [check.to_dict() for check in [not_finite(told), *checks]], "ranges": rows}
 
+    def _of_first_frame(self, readings: Sequence[Reading]) -> list[Reading]:
+        """Those of tensors that the frame which is taken apart has: others may have more cameras."""
+        return [reading for reading in readings if reading.name in self.graphs[0].known]
+
     def _sensitivity(self, readings: Sequence[Reading]) -> dict[str, Any]:
         candidate, graph = self.pair.candidate, self.graphs[0]
+        readings = self._of_first_frame(readings)
         told = [reading.name for reading in readings]
         before, found = heal(candidate, graph, [*coarse_switches(told), *over_budget(readings)], self.progress)
         every = len(told) if self.options.every_layer else FINE_LAYERS
