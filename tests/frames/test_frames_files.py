@@ -38,6 +38,19 @@ def test_raw_libero_frames_are_turned_as_the_policy_wants_them(data: Path) -> No
     assert frames[3]["prompt"] == str(raw["prompt"][3])
 
 
+def test_a_single_raw_libero_frame_is_turned_like_one_of_many(data: Path, tmp_path: Path) -> None:
+    raw = np.load(data / "libero_frames.npz")
+    one = {key: raw[key][3] for key in ("agentview", "wrist", "state", "prompt")}
+    np.savez(tmp_path / "one.npz", **one)
+    (frame,) = read_frames(tmp_path / "one.npz", LIBERO)
+    expected = read_frames(data / "libero_frames.npz", LIBERO)[3]
+    for key in ("observation/image", "observation/wrist_image", "observation/state"):
+        assert np.array_equal(frame[key], expected[key])
+    np.savez(tmp_path / "grey.npz", **{**one, "wrist": one["wrist"][..., 0]})
+    with pytest.raises(InputError, match=r"wrist has shape \(\d+, \d+\), expected \(H,W,3\)"):
+        read_frames(tmp_path / "grey.npz", LIBERO)
+
+
 def test_one_observation_many_and_a_directory(tmp_path: Path) -> None:
     for seed in range(3):
         np.savez(tmp_path / f"frame_{seed}.npz", **libero(seed))

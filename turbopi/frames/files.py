@@ -56,7 +56,12 @@ def _raw_libero(values: Mapping[str, np.ndarray], file: Path) -> dict[str, np.nd
     missing = [key for key in ("state", "prompt") if key not in values]
     if missing:
         raise InputError(f"{file} holds raw LIBERO frames without {' and '.join(missing)}; a policy needs both")
-    turned = {key: values[raw][:, ::-1, ::-1] for key, raw in LIBERO_CAMERAS.items()}
+    for raw in LIBERO_CAMERAS.values():
+        if values[raw].ndim not in (3, 4):
+            raise InputError(
+                f"{file}: {raw} has shape {values[raw].shape}, expected (H,W,3), or (N,H,W,3) for N frames"
+            )
+    turned = {key: values[raw][..., ::-1, ::-1, :] for key, raw in LIBERO_CAMERAS.items()}
     return {**turned, "observation/state": values["state"], "prompt": values["prompt"]}
 
 
