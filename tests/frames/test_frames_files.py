@@ -96,6 +96,12 @@ def test_files_that_are_no_frames(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 broken")
     with pytest.raises(InputError, match=r"is not an \.npz file of plain arrays"):
         read_frames(tmp_path / "broken.npz", LIBERO)
+    np.savez_compressed(tmp_path / "bits.npz", state=np.arange(4096) % 251)
+    damaged = bytearray((tmp_path / "bits.npz").read_bytes())
+    damaged[80:400] = bytes(value ^ 0x5A for value in damaged[80:400])
+    (tmp_path / "bits.npz").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"bits\.npz is not an \.npz file of plain arrays"):
+        read_frames(tmp_path / "bits.npz", LIBERO)
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(InputError, match="holds a single array"):
         read_frames(tmp_path / "array.npy", LIBERO)

@@ -6,6 +6,7 @@ A file of many has the robot's keys with a first axis of N, and a prompt for eac
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {key: file[key] for key in file.files}
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not an .npz file of plain arrays ({error}); write it with numpy.savez") from error
 
 
