@@ -38,6 +38,12 @@ def test_a_grid_is_every_combination_over_its_base(tmp_path: Path) -> None:
     assert settings["odd"] == {"reuse": {"max_age": 9, "every": 5}, "steps": 7}
 
 
+def test_a_field_within_a_map_of_the_grid_is_each_combinations_own(tmp_path: Path) -> None:
+    values = {"grid": {"reuse": [{"max_age": 9}], "reuse.every": [2, 3]}}
+    settings = read_grid(grid_file(tmp_path / "g.json", values))
+    assert [setting["reuse"] for setting in settings.values()] == [{"max_age": 9, "every": n} for n in (2, 3)]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -47,6 +53,10 @@ def test_a_grid_is_every_combination_over_its_base(tmp_path: Path) -> None:
         ({"grid": {"steps": 3}}, "grid.steps is 3, expected a list"),
         ({"settings": {"../x": {}}}, "cannot be one"),
         ({"settings": {"x": 3}}, "a setting is 3, expected a map"),
+        ({"grid": {"steps": [1, "1"]}}, "two settings are called 'steps=1'"),
+        ({"grid": {"steps": [1]}, "settings": {"steps=1": {"steps": 9}}}, "two settings are called 'steps=1'"),
+        ({"grid": {"reuse": [None], "reuse.every": [1]}}, "grid.reuse.every lies within a field .* None, no map"),
+        ({"grid": {"reuse.every": [1], "reuse": [{"max_age": 3}]}}, "grid.reuse is set by another field"),
     ],
 )
 def test_files_that_are_no_grid(tmp_path: Path, values: Any, message: str) -> None:

@@ -64,8 +64,15 @@ def read_grid(path: Path) -> dict[str, dict[str, Any]]:
         or not all(isinstance(v, dict) for v in values.values())
     ):
         raise ValueError(f"{path} is no grid: expected maps named {', '.join(sorted(known))}, and nothing else")
-    settings = dict(_combinations(values.get("base", {}), values.get("grid", {}), path))
-    settings |= {name: _laid(values.get("base", {}), changes) for name, changes in values.get("settings", {}).items()}
+    base = values.get("base", {})
+    settings: dict[str, dict[str, Any]] = {}
+    named = ((name, _laid(base, changes)) for name, changes in values.get("settings", {}).items())
+    for name, setting in itertools.chain(_combinations(base, values.get("grid", {}), path), named):
+        if name in settings:
+            raise ValueError(
+                f"{path}: two settings are called {name!r}; a name is a directory, so each must be its own"
+            )
+        settings[name] = setting
     if not settings:
         raise ValueError(f"{path} names no settings: give a grid or settings")
     strange = [name for name in settings if "/" in name or name in ("", ".", "..")]
@@ -85,7 +92,11 @@ def _combinations(base: Mapping[str, Any], grid: Mapping[str, Any], path: Path) 
             place = changes
             for part in parts:
                 place = place.setdefault(part, {})
-            place[last] = value
+                if not isinstance(place, dict):
+                    raise ValueError(f"{path}: grid.{name} lies within a field that the grid sets to {place!r}, no map")
+            if last in place:
+                raise ValueError(f"{path}: grid.{name} is set by another field of the grid too")
+            place[last] = copy.deepcopy(value)  # the next combination has a map of its own
         label = ",".join(f"{name}={json.dumps(value)}" for name, value in zip(grid, chosen, strict=True))
         yield label.replace("/", "_").replace('"', "").replace(" ", ""), _laid(base, changes)
 
