@@ -113,11 +113,12 @@ def test_a_bug_is_named_with_where_to_look_and_what_heals(tmp_path: Path) -> Non
     assert "compare" in said
 
 
-def test_values_that_are_no_numbers_stay_out_of_the_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_stay_out_of_the_json(value: float, tmp_path: Path) -> None:
     reference = graph_of(CONFIG).model
     model = edited_model(weights(CONFIG, torch.float32), BUGS[2].edit, tmp_path)
     with torch.no_grad():
-        model.action_out_proj.bias[0] = float("nan")
+        model.action_out_proj.bias[0] = value
     pair = dataclasses.replace(
         pair_of(SubjectName("eager", "fp32"), reference),
         candidate=ModuleSubject("eager:fp32", EagerEngine(model, "fp32")),

@@ -84,7 +84,8 @@ class Differences:
         found = {}
         for name, (off, a, b, dot), (top, most) in zip(self._sums, sums, largest, strict=True):
             cosine = dot / math.sqrt(a * b) if a > 0 and b > 0 else 1.0 if a == b else 0.0
-            found[name] = Difference(_ratio(math.sqrt(off), math.sqrt(b)), _ratio(top, most), min(cosine, 1.0))
+            cosine = min(cosine, 1.0) if math.isfinite(cosine) else 0.0  # an infinity has no direction, as a NaN
+            found[name] = Difference(_ratio(math.sqrt(off), math.sqrt(b)), _ratio(top, most), cosine)
         return found
 
 
