@@ -1,10 +1,16 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from turbopi.checkpoint import init_checkpoint
 from turbopi.cli.main import main
+from turbopi.cli.options import PolicyOptions
+from turbopi.cli.selecting import camera_masks
+from turbopi.engine.selection import Verdict
 from turbopi.export import Manifest
+from turbopi.transforms import ALOHA, LIBERO, Camera, Robot
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +86,40 @@ def test_an_order_of_engines_on_the_command_line(
     assert "leaves graphed: cannot be used here" in said
     assert "takes onnx: passes its audit on 2 frames" in said
     assert np.load(tmp_path / "actions.npz")["actions"].shape == (10, 7)
+
+
+OPTIONAL = Camera("a", "a", required=False)
+
+
+@pytest.mark.parametrize(
+    ("robot", "required", "all_of_them"),
+    [
+        (LIBERO, [True, True, False], [True, True, False]),
+        (ALOHA, [True, False, False], [True, True, True]),
+        (replace(LIBERO, cameras=(OPTIONAL, Camera("b", "b"))), [False, True, False], [True, True, False]),
+        (replace(LIBERO, cameras=(OPTIONAL, OPTIONAL)), [True, False, False], [True, True, False]),
+        (
+            replace(LIBERO, cameras=(OPTIONAL, Camera("b", "b")), missing_last=True),
+            [True, False, False],
+            [True, True, False],
+        ),
+    ],
+    ids=["all required", "one required", "the second", "none", "missing last"],
+)
+def test_an_order_is_audited_with_the_robots_cameras(
+    robot: Robot, required: list[bool], all_of_them: list[bool]
+) -> None:
+    assert [mask.tolist() for mask in camera_masks(robot, 3)] == [[required], [all_of_them]]
+
+
+def test_the_frames_of_an_order_have_those_cameras(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+
+    def gate(model: Any, precision: Any, reference: Any, samples: Any, quantisation: Any) -> Any:
+        judged.extend(samples)
+        return lambda name, engine: Verdict(True, "right")
+
+    monkeypatch.setattr("turbopi.audit.gate.audit_gate", gate)
+    options = PolicyOptions(checkpoint, engine="eager>onnx", device="cpu")
+    assert options.keywords()["engine"] == "eager"
+    assert [sample.inputs.image_mask.tolist() for sample in judged] == [[[True, True, False]]] * 2

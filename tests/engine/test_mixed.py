@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from captured_support import model, observation
@@ -9,9 +11,10 @@ from turbo_support import twins
 
 from turbopi.audit.gate import audit_gate
 from turbopi.audit.sample import Sample
-from turbopi.engine import EagerEngine, Engine, MixedEngine, create_engine
+from turbopi.engine import EagerEngine, Engine, MixedEngine, TurboEngine, create_engine
 from turbopi.engine.mixed import parse_stages
 from turbopi.engine.selection import Verdict, parse_priority, select_engine
+from turbopi.engine.turbo.ops import twin_ops
 
 STEPS = 2
 
@@ -111,6 +114,23 @@ def test_an_engine_that_fails_its_audit_is_not_selected() -> None:
     assert "fails its audit" in selection.tried[1].why
     assert "cache.layers.1.k" in selection.tried[1].why
     assert selection.to_dict()["selected"] == "onnx"
+
+
+class WrongTick(TurboEngine):
+    """Right stage by stage, wrong in what a policy calls."""
+
+    def sample_actions(self, *inputs: Any) -> torch.Tensor:
+        return 0 * super().sample_actions(*inputs)
+
+
+def test_the_gate_runs_the_whole_tick() -> None:
+    reference = model()
+    gate = audit_gate(model(), "fp32", reference, [Sample(*observation(reference.config, [20]), STEPS)])
+    right, wrong = (kind(model(), "fp32", twin_ops(), None) for kind in (TurboEngine, WrongTick))
+    assert gate("right", right).passed
+    verdict = gate("wrong", wrong)
+    assert not verdict.passed
+    assert verdict.why.startswith("fails its audit: deployed, the whole tick: actions' relative error 1.00e+00")
 
 
 def test_no_engine_is_left() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..engine import EagerEngine, Engine, Precision, create_engine
+from ..engine import EagerEngine, Engine, Precision, TickEngine, create_engine
 from ..engine.selection import Verdict
 from ..model import Pi0
 from ..quant import Quantisation
@@ -22,7 +22,7 @@ def audit_gate(
     samples: Sequence[Sample],
     quantisation: Quantisation | None = None,
 ) -> Callable[[str, Engine], Verdict]:
-    """Judges engines by what goes from stage to stage, on a few frames.
+    """Judges engines by what goes from stage to stage, and by the whole tick of those that have one, on a few frames.
 
     Args:
         model: in `precision_dtype(precision)`; its plain run sets the budget.
@@ -36,12 +36,16 @@ def audit_gate(
     budget: Subject = Reordered(plain) if precision == "fp32" else ModuleSubject(f"eager:{precision}", plain)
 
     def judge(name: str, engine: Engine) -> Verdict:
-        pair = Pair(StageSubject(f"{name}:{precision}", engine), budget)
+        tick = engine if isinstance(engine, TickEngine) else None
+        pair = Pair(StageSubject(f"{name}:{precision}", engine), budget, tick)
         found = audit(pair, reference, samples, AuditOptions(switches=False, checks=False))
         first = found["first_divergence"]
         if first is not None:
             count = found["over_budget"]
             return Verdict(False, f"fails its audit: {count} tensors are over budget, the first is {first['tensor']}")
+        failed = [check for check in found.get("checks", []) if check["passed"] is False]
+        if failed:
+            return Verdict(False, f"fails its audit: {failed[0]['name']}: {failed[0]['detail']}")
         return Verdict(True, f"passes its audit on {len(samples)} frames")
 
     return judge

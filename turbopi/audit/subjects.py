@@ -9,7 +9,16 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..engine import EagerEngine, Engine, Precision, TurboEngine, create_engine, engines_for, precision_dtype
+from ..engine import (
+    EagerEngine,
+    Engine,
+    Precision,
+    TickEngine,
+    TurboEngine,
+    create_engine,
+    engines_for,
+    precision_dtype,
+)
 from ..engine.turbo.ops import twin_ops
 from ..errors import NonFiniteActionsError
 from ..model import Pi0, PrefixCache
@@ -130,7 +139,7 @@ class TickSubject:
     granularity = "actions"
     wide_logits = False
 
-    def __init__(self, name: str, engine: TurboEngine, allowed: float) -> None:
+    def __init__(self, name: str, engine: TickEngine, allowed: float) -> None:
         self.name, self.engine, self.allowed = name, engine, allowed
 
     @torch.no_grad()
@@ -149,12 +158,12 @@ class Pair:
     Attributes:
         candidate: what is audited.
         plain: what sets the budget.
-        deployed: the engine as it runs outside an audit, where the candidate is another form of it.
+        deployed: the engine as it runs outside an audit, where it has whole ticks beside the stages.
     """
 
     candidate: Subject
     plain: Subject
-    deployed: TurboEngine | None = None
+    deployed: TickEngine | None = None
 
 
 def make_pair(name: SubjectName, model: Pi0, reference: Pi0, quantisation: Quantisation | None = None) -> Pair:
@@ -181,4 +190,4 @@ def make_pair(name: SubjectName, model: Pi0, reference: Pi0, quantisation: Quant
         engine = create_engine(name.engine, model, name.precision, quantisation)
     if isinstance(engine, TurboEngine):
         return Pair(TurboSubject(str(name), engine, reference), plain, engine)
-    return Pair(StageSubject(str(name), engine), plain)
+    return Pair(StageSubject(str(name), engine), plain, engine if isinstance(engine, TickEngine) else None)

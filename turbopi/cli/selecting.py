@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..transforms import Robot
     from .options import PolicyOptions
 
-FRAMES = 2
+
+def camera_masks(robot: Robot, slots: int) -> list[Tensor]:
+    """Two of (1,slots) bool: the cameras that the robot must send, at least one; and all that it has.
+
+    An engine may run other kernels or graphs for each number of cameras: it is audited with those that it will be sent.
+    """
+    import torch
+
+    required = [camera.required for camera in robot.cameras]
+    if robot.missing_last:
+        required.sort(reverse=True)
+    if not any(required):
+        required[0] = True
+    empty = [False] * (slots - len(required))
+    return [torch.tensor([[*sent, *empty]]) for sent in (required, [True] * len(required))]
 
 
 def choose_engine(options: PolicyOptions, keywords: dict[str, Any]) -> str:
     """Audit the engines of `options.engine` in their order on this machine; the name of the one to take.
 
-    The frames are noise: they tell a wrong engine from a right one, not how far a quantised one may go. For that there
-    is `turbo-pi audit`.
+    The frames are noise, with the robot's cameras: they tell a wrong engine from a right one, not how far a quantised
+    one may go. For that there is `turbo-pi audit`.
 
     Args:
         options: that were given.
@@ -44,9 +62,10 @@ def choose_engine(options: PolicyOptions, keywords: dict[str, Any]) -> str:
             options.checkpoint, engine.device, dtype=model.vlm.embed_tokens.weight.dtype, config=model.config
         )
     reference = load_model(options.checkpoint, engine.device, config=model.config)
+    masks = camera_masks(policy.transforms.robot, model.config.cameras)
     samples = [
-        Sample(inputs, noise, policy.runtime.steps, "noise")
-        for inputs, noise in synthetic_batches(model.config, FRAMES)
+        Sample(replace(inputs, image_mask=mask), noise, policy.runtime.steps, "noise")
+        for (inputs, noise), mask in zip(synthetic_batches(model.config, len(masks)), masks, strict=True)
     ]
     gate = audit_gate(model, precision, reference, samples, quantisation)
     with console.status(f"auditing {' > '.join(names)}"):
