@@ -7,6 +7,7 @@ import pytest
 import torch
 from audit_support import STEPS, config_of, graph_of, sample, weights
 
+from turbopi.audit import closed_loop
 from turbopi.audit.closed_loop import NO_VERDICT, ClosedLoop, play
 from turbopi.audit.graph import ReferenceGraph
 from turbopi.audit.load import Checkpointed, reference_model
@@ -158,17 +159,53 @@ def test_plans_that_cannot_be_made(precision: Any, share: float, message: str) -
 
 def test_both_play_the_same_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     played: list[Any] = []
-    monkeypatch.setattr("turbopi.audit.closed_loop.evaluate", lambda config, on_episode: played.append(config))
+    monkeypatch.setattr("turbopi.audit.closed_loop.evaluate", lambda config, **_: played.append(config))
     monkeypatch.setattr("turbopi.audit.closed_loop.compare", lambda a, b, minimum: {"a": a.name, "b": b.name})
     reference, candidate = (sources.CheckpointSource(Path(name)) for name in ("r", "c"))
     loop = ClosedLoop(reference, candidate, tmp_path, "libero_spatial", 20, workers=2)
-    assert play(loop) == {"a": "reference", "b": "candidate"}
+    assert play(loop) == {"a": "reference", "b": "candidate", "continued": 0}
     assert [config.source for config in played] == [reference, candidate]
     assert {(config.suite, config.trials, len(config.tasks), config.seed) for config in played} == {
         ("libero_spatial", 2, 10, 0)
     }
     with pytest.raises(ValueError, match="multiple of 10"):
         ClosedLoop(reference, candidate, tmp_path, "libero_spatial", 15)
+
+
+def test_episodes_that_other_code_played_are_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(config: Any, on_start: Any, on_episode: Any) -> None:
+        config.out.mkdir(exist_ok=True)
+        lines = (config.out / "episodes.jsonl").read_text().splitlines() if played else []
+        on_start(lines)
+        on_episode(None)
+        (config.out / "episodes.jsonl").write_text("an episode\n" * (len(lines) + 1))
+
+    played, said = False, list[str]()
+    monkeypatch.setattr(closed_loop, "evaluate", evaluate)
+    monkeypatch.setattr(closed_loop, "compare", lambda a, b, minimum: {})
+    source = sources.CheckpointSource(Path("c"))
+    loop = ClosedLoop(source, source, tmp_path / "audit.episodes", "libero_spatial", 20)
+    assert play(loop) == {"continued": 0}
+    played = True
+    assert play(loop, said.append) == {"continued": 2}
+    assert "candidate: continues 1 episodes played before" in said
+    assert "candidate: episode 2 of 20" in said
+    monkeypatch.setattr(closed_loop, "code", lambda: {"turbopi": "0.1.0", "files": "mended"})
+    with pytest.raises(ValueError, match=r"other code of turbopi played.*remove .*audit\.episodes"):
+        play(loop)
+    (loop.out / "code.json").unlink()
+    with pytest.raises(ValueError, match=r"other code of turbopi played \(unknown, now"):
+        closed_loop.check_code(loop.out)
+
+
+def test_an_edit_of_the_code_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "turbopi" / "audit").mkdir(parents=True)
+    (tmp_path / "turbopi" / "kernel.py").write_text("a = 1")
+    monkeypatch.setattr(closed_loop, "__file__", str(tmp_path / "turbopi" / "audit" / "closed_loop.py"))
+    before = closed_loop.code()
+    assert closed_loop.code() == before
+    (tmp_path / "turbopi" / "kernel.py").write_text("a = 2")
+    assert closed_loop.code() != before
 
 
 def test_more_than_one_key_head_and_no_camera() -> None:

@@ -49,17 +49,30 @@ def test_episodes_close_the_report(
     def play(loop: Any, progress: Any) -> dict[str, Any]:
         played.append(loop)
         total = {"rate_a": 1.0, "rate_b": 0.9, "interval_a": [0.7, 1.0], "interval_b": [0.6, 1.0]}
-        return {"verdict": "no difference shown", "total": total}
+        return {"verdict": "no difference shown", "total": total, "continued": 7}
 
     monkeypatch.setattr("turbopi.audit.closed_loop.play", play)
     more = ("--candidate", "eager:bf16", "--suite", "libero_spatial", "--episodes", 20, "--workers", 2)
     assert audit(checkpoint, data, tmp_path, *more, "--no-switches", "--no-checks", "--count", 1) == 0
-    assert "closed loop: no difference shown" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "closed loop: continues 7 episodes played before" in said
+    assert "closed loop: no difference shown" in said
     (loop,) = played
     assert (loop.suite, loop.episodes, loop.workers) == ("libero_spatial", 20, 2)
     assert loop.out == tmp_path / "audit.episodes"
     assert (loop.reference.options["precision"], loop.candidate.options["precision"]) == ("fp32", "bf16")
     assert "60.0 to 100.0 %" in (tmp_path / "audit.html").read_text()
+
+
+def test_episodes_of_other_code_are_refused_before_anything_runs(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "audit.episodes" / "candidate").mkdir(parents=True)
+    (tmp_path / "audit.episodes" / "candidate" / "episodes.jsonl").write_text("{}\n")
+    more = ("--candidate", "eager:bf16", "--suite", "libero_spatial", "--episodes", 20)
+    assert audit(checkpoint, data, tmp_path, *more) == 1
+    assert "holds episodes that other code of turbopi played" in capsys.readouterr().err
+    assert not (tmp_path / "audit.json").exists()
 
 
 def test_a_plan_is_written(checkpoint: Path, data: Path, tmp_path: Path) -> None:

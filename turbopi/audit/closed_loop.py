@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..sim.compare import compare
+from ..sim.episodes_file import EPISODES_FILE, write_json
 from ..sim.evaluate import DEFAULT_MINIMUM, EvalConfig, evaluate
 from ..sim.simulations import LiberoScenes
 from ..sim.sources import PolicySource
 from ..sim.workers import SceneSource
 
 TASKS = 10
+CODE_FILE = "code.json"
+RUNS = ("reference", "candidate")
 NO_VERDICT = (
     "No verdict on tasks was made: no episode was played. Small errors of tensors do not show that a policy still does "
     "its tasks; give --episodes to find out."
@@ -26,7 +32,7 @@ class ClosedLoop:
 
     Attributes:
         reference, candidate: the policies.
-        out: directory for the two runs; one that is there already is continued.
+        out: directory for the two runs; what the same code has played there already is continued.
         suite: of LIBERO.
         episodes: of each policy, spread over ten tasks; a multiple of ten.
         workers: processes.
@@ -48,13 +54,47 @@ class ClosedLoop:
             raise ValueError(f"--episodes {self.episodes}: give a multiple of {TASKS}, one or more for each task")
 
 
+def code() -> dict[str, str]:
+    """Which turbopi this is: its version, and a digest of all its files, which an edit changes."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for file in sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        digest.update(f"{file.relative_to(package)} {file.stat().st_size}\n".encode())
+        digest.update(file.read_bytes())
+    return {"turbopi": __version__, "files": digest.hexdigest()[:16]}
+
+
+def check_code(out: Path) -> None:
+    """Raise ValueError if `out` holds episodes that other code played: a mended engine must play them again."""
+    if not any((out / run / EPISODES_FILE).is_file() and (out / run / EPISODES_FILE).stat().st_size for run in RUNS):
+        return
+    file, now = out / CODE_FILE, code()
+    before = json.loads(file.read_text()) if file.is_file() else None
+    if before != now:
+        raise ValueError(
+            f"{out} holds episodes that other code of turbopi played ({before or 'unknown'}, now {now}), which say "
+            f"nothing of this one; remove {out}, or give another --out"
+        )
+
+
 def play(loop: ClosedLoop, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Play the episodes with both and compare pair by pair; see `turbopi.sim.compare.compare`.
 
-    Raises what `evaluate` raises: missing packages, an unknown suite, a policy of another robot.
+    Returns:
+        What `compare` returns, and "continued": how many episodes had been played before.
+
+    Raises what `check_code` and `evaluate` raise: missing packages, an unknown suite, a policy of another robot.
     """
-    for name, source in (("reference", loop.reference), ("candidate", loop.candidate)):
+    check_code(loop.out)
+    loop.out.mkdir(parents=True, exist_ok=True)
+    write_json(loop.out / CODE_FILE, code())
+    continued = 0
+    for name, source in zip(RUNS, (loop.reference, loop.candidate), strict=True):
         done = 0
+
+        def start(records: list[Any], name: str = name) -> None:
+            nonlocal done, continued
+            done, continued = len(records), continued + len(records)
+            progress(f"{name}: continues {done} episodes played before")
 
         def count(_: Any, name: str = name) -> None:
             nonlocal done
@@ -71,5 +111,6 @@ def play(loop: ClosedLoop, progress: Callable[[str], None] = lambda _: None) -> 
             workers=loop.workers,
             minimum=loop.minimum,
         )
-        evaluate(config, on_episode=count)
-    return compare(loop.out / "reference", loop.out / "candidate", loop.minimum)
+        evaluate(config, on_start=start, on_episode=count)
+    reference, candidate = (loop.out / name for name in RUNS)
+    return {"continued": continued, **compare(reference, candidate, loop.minimum)}

@@ -139,7 +139,7 @@ def audit(
 
     loaded = subjects.checkpointed()
     if episodes:
-        _check_playable(loaded, frames.suite)
+        _check_playable(loaded, frames.suite, out)
     if write_plan is not None:
         check_share(loaded.candidate.precision, plan_share)
     with Console(stderr=True).status("loading") as status:
@@ -170,11 +170,17 @@ def _save_plan(results: dict[str, Any], path: Path) -> Path:
     return PrecisionPlan.from_dict(results["plan"]["plan"]).save(path)
 
 
-def _check_playable(loaded: Checkpointed, suite: str | None) -> None:
+def _check_playable(loaded: Checkpointed, suite: str | None, out: Path) -> None:
+    from ..audit.closed_loop import check_code
     from ..audit.subjects import TWINS
 
     if suite is None or loaded.candidate.engine == TWINS:
         raise ValueError(f"--episodes needs --suite and an engine that a policy can run on ({TWINS} is none)")
+    check_code(_episodes_of(out))
+
+
+def _episodes_of(out: Path) -> Path:
+    return out.with_suffix(".episodes")
 
 
 def _plain(options: Any) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _play(loaded: Checkpointed, suite: str, episodes: int, workers: int, out: Pa
     loop = ClosedLoop(
         source(SubjectName("eager", "fp32")),
         source(loaded.candidate),
-        out.with_suffix(".episodes"),
+        _episodes_of(out),
         suite,
         episodes,
         workers,
@@ -232,6 +238,8 @@ def summary(results: dict[str, Any]) -> Iterator[Any]:
     if "checks" in results:
         yield check_table(results["checks"])
     loop = results["closed_loop"]
+    if loop.get("continued"):
+        yield f"closed loop: continues {loop['continued']} episodes played before, by the same code"
     yield f"closed loop: {loop['verdict']}"
 
 
