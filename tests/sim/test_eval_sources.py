@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,15 @@ def test_an_evaluation_drives_a_server(checkpoint: Path, tmp_path: Path) -> None
 
 
 @contextmanager
-def rogue(*replies: Any) -> Iterator[str]:
-    """A server that greets with the first reply and answers with the others; None closes, ... keeps silent."""
+def rogue(*replies: Any, greetings: Iterable[bytes] = ()) -> Iterator[str]:
+    """A server that greets with the first reply and answers with the others; None closes, ... keeps silent.
+
+    With `greetings`, each connection gets the next of these for the first reply.
+    """
+    greeting = iter(greetings)
 
     def handle(connection: ServerConnection) -> None:
-        for index, reply in enumerate(replies):
+        for index, reply in enumerate((next(greeting), *replies) if greetings else replies):
             if index:
                 connection.recv()
             if reply is ...:
@@ -180,6 +184,16 @@ def test_a_servers_metadata_becomes_json(monkeypatch: pytest.MonkeyPatch) -> Non
     with rogue(HELLO) as address:
         described = RemoteSource(address).describe()
     assert described["server_metadata"] == {"arm": [0.0, 0.0], "names": ["a"], "n": 2.0}
+
+
+def test_a_server_that_becomes_another_is_refused() -> None:
+    odd = encode({"policy": "a", "scale": np.full(1, np.nan)})
+    with rogue(..., greetings=[odd, odd, odd, encode({"policy": "b"})]) as address:
+        episode = RemoteSource(address).open().episode(0)
+        for _ in range(2):
+            episode.reset()
+        with pytest.raises(RefusedError, match=r'exchanged during the run.*"policy": "a".*and says {"policy": "b"}'):
+            episode.reset()
 
 
 def test_a_connection_that_breaks_between_ticks() -> None:

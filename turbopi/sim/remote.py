@@ -7,6 +7,7 @@ episode from its own seed; the seed of the evaluation does not reach it.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,22 +101,36 @@ class _RemotePolicy:
         """A policy that connects afresh; the server's own seed counts, `noise_seed` cannot reach it."""
         if self._episode is not None:
             self._episode.close()
-        self._episode = RemoteEpisode(self._source)
+        self._episode = RemoteEpisode(self._source, self._metadata)
         return self._episode
 
 
 class RemoteEpisode:
-    """One connection at a time; `reset` makes a new one, which is how a server starts its noise again."""
+    """One connection at a time; `reset` makes a new one, which is how a server starts its noise again.
 
-    def __init__(self, source: RemoteSource) -> None:
+    Args:
+        source: the server.
+        metadata: what it has said of itself; None: what it will say when it is first connected to.
+    """
+
+    def __init__(self, source: RemoteSource, metadata: Mapping[str, Any] | None = None) -> None:
         self._source = source
+        self._metadata = metadata
         self._stack = contextlib.ExitStack()
         self._connection: ClientConnection | None = None
 
     def reset(self) -> None:
-        """Connect afresh. Raises as `RemoteSource.connect`."""
+        """Connect afresh. Raises as `RemoteSource.connect`, and RefusedError if the server is another one by now."""
         self.close()
-        self._connection, _ = self._source.connect(self._stack)
+        connection, metadata = self._source.connect(self._stack)
+        if self._metadata is not None and _text(metadata) != _text(self._metadata):
+            self.close()
+            raise RefusedError(
+                f"the policy server at {websocket_url(self._source.address)} was exchanged during the run: it "
+                f"said {_text(self._metadata)} of itself and says {_text(metadata)}; evaluate each policy into its own "
+                "directory"
+            )
+        self._connection, self._metadata = connection, metadata
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """One request, one answer.
@@ -155,6 +170,11 @@ def receive(connection: ClientConnection, url: str) -> dict[str, Any]:
         return decode(message)
     except ValueError as error:
         raise RefusedError(f"the policy server at {url} sent something that is no answer: {error}") from error
+
+
+def _text(metadata: Mapping[str, Any]) -> str:
+    """For comparisons: NaN is as it was."""
+    return json.dumps(_plain(metadata), sort_keys=True)
 
 
 def _plain(values: Any) -> Any:
