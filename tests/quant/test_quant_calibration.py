@@ -8,6 +8,7 @@ from quant_support import CONFIG, calibration, hashed, ranges
 from turbopi import CheckpointError, preset
 from turbopi.engine import create_engine
 from turbopi.quant import Calibration, InputRange, PrecisionPlan, Quantisation, model_hash
+from turbopi.quant.calibration import weights_hash
 
 MODEL = hashed()
 CALIBRATION = calibration(MODEL)
@@ -30,6 +31,16 @@ def test_the_hash_is_of_the_weights_not_of_their_dtype() -> None:
     with torch.no_grad():
         other.expert.blocks[1].mlp.down_proj.weight.mul_(1.01)
     assert model_hash(other) != model_hash(MODEL)
+
+
+def test_what_the_hash_does_not_notice() -> None:
+    """As its docstring says: where the distance is a multiple of the row's length, it reads the first column only."""
+    right = torch.zeros(1024, 64)
+    others, first = right.clone(), right.clone()
+    others[:, 1:] = 1
+    first[:, 0] = 1
+    hashes = [weights_hash(["w"], {"w": values}.__getitem__) for values in (right, others, first)]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_calibration_of_another_checkpoint_is_refused() -> None:

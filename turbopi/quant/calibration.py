@@ -201,7 +201,11 @@ def model_hash(model: Pi0) -> str:
 
 @torch.no_grad()
 def weights_hash(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """A digest of every parameter's name, shape and up to 1024 values spread over it, as bf16.
+    """A digest of every parameter's name, shape and up to 1024 values at even distances, as bf16.
+
+    It tells checkpoints of different training apart, which moves nearly every value. It does not notice an edit of
+    single values, nor one that leaves what is read alone: where the distance is a multiple of the row's length, as in
+    matrices of 1024 rows or more whose sides are powers of two, that is the first column only.
 
     `read` gives one parameter at a time, so that weights need not be in memory together.
     """
