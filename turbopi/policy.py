@@ -25,7 +25,7 @@ from .engine import (
     precision_dtype,
 )
 from .engine.integrate import Steering
-from .errors import CheckpointError, InputError
+from .errors import InputError
 from .model import ModelInput
 from .model.inputs import check_noise
 from .quant import CALIBRATION_FILE, Calibration, PrecisionPlan, Quantisation
@@ -321,17 +321,6 @@ def load_quantisation(
     return Quantisation(chosen, calibration)
 
 
-def _check_calibrated(quantisation: Quantisation | None, robot: Robot) -> None:
-    """Raise CheckpointError for ranges of another robot's frames, which the same weights may serve, too."""
-    ranges = None if quantisation is None else quantisation.calibration
-    if ranges is None or ranges.synthetic or ranges.robot == robot.name:
-        return
-    raise CheckpointError(
-        f"the calibration was made with frames of robot {ranges.robot!r}, this policy is for {robot.name!r}, whose "
-        "activations reach elsewhere; run `turbo-pi calibrate` with frames of this robot"
-    )
-
-
 def _choose_runtime(runtime: RuntimeConfig | None, steps: int | None, seed: int | None) -> RuntimeConfig:
     if runtime is None:
         return RuntimeConfig(steps=DEFAULT_STEPS if steps is None else steps, seed=seed or 0)
@@ -399,7 +388,8 @@ def load_policy(
     checkpoint = open_checkpoint(path)
     transforms = _transforms(checkpoint, robot, asset_id, tokenizer, state_in_prompt, default_prompt)
     quantisation = load_quantisation(checkpoint.path, chosen, checkpoint.config, plan, calibration)
-    _check_calibrated(quantisation, transforms.robot)
+    if quantisation is not None:
+        quantisation.check_robot(transforms.robot.name)
     model = load_opened(
         checkpoint, target, dtype, config=checkpoint.config, numerics=numerics, invalid_tokens=invalid_tokens
     )

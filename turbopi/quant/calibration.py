@@ -174,6 +174,16 @@ class Quantisation:
         elif wanting:
             raise ValueError(f"{', '.join(wanting)} needs a calibration, and none was given; {_MAKE}")
 
+    def check_robot(self, robot: str) -> None:
+        """Raise CheckpointError for ranges of another robot's frames: the same weights may serve several robots."""
+        ranges = self.calibration
+        if ranges is None or ranges.synthetic or ranges.robot == robot:
+            return
+        raise CheckpointError(
+            f"the calibration was made with frames of robot {ranges.robot!r}, this policy is for {robot!r}, whose "
+            "activations reach elsewhere; run `turbo-pi calibrate` with frames of this robot"
+        )
+
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Every number rounded up to four significant digits, so that no range shrinks."""
