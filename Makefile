@@ -17,22 +17,22 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/.dev
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --cov=turbopi --cov-report=term:skip-covered
-	$(BIN)/coverage report --include="turbopi/model/*,turbopi/transforms/*,turbopi/checkpoint/*" --fail-under=95 --format=total
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov=turbopi --cov-report=term:skip-covered
+	$(BIN)/python -m coverage report --include="turbopi/model/*,turbopi/transforms/*,turbopi/checkpoint/*" --fail-under=95 --format=total
 
 # Every test that needs a CUDA GPU. Fails at once where there is none, instead of skipping all of them.
 test-gpu: .venv/.dev
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("make test-gpu: torch finds no CUDA GPU here")'
-	$(BIN)/pytest -m gpu
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/.dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 # Tap by tap against openpi, lerobot and JAX. FULL=path/to/full adds the 3.3-billion-parameter records.
 parity: .venv/.dev
