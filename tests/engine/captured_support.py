@@ -3,11 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
+from turbo_support import uint8_input
 
-from turbopi import ModelInput, Pi0, preset
+from turbopi import InputError, ModelInput, Pi0, preset
 from turbopi.audit.golden import hash_model
 from turbopi.config import ModelConfig
+from turbopi.engine import Engine
 
 TWO_CAMERAS = (True, True, False)
 
@@ -53,3 +56,17 @@ def unfit(x: ModelInput, noise: torch.Tensor) -> list[tuple[str, torch.Tensor, t
         ("noise", x.state, noise[:1]),
         ("noise", x.state, noise.double()),
     ]
+
+
+def takes_only_what_fits(engine: Engine, reference: Pi0, steps: int) -> None:
+    """A copy into static memory would take grey levels for floats, and one noise for every sample."""
+    x, noise = observation(reference.config, [9, 20])
+    grey, _ = uint8_input(x)
+    for images in (grey.images, x.images[:, :, :, :1]):
+        with pytest.raises(InputError, match=r"^images is "):
+            engine.encode_images(images, x.image_mask)
+    with torch.no_grad():
+        cache = reference.prefill(reference.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
+    for what, state, start in unfit(x, noise):
+        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
+            engine.denoise(cache, state, start, steps)

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from captured_support import Rerun, model, observation, unfit
-from turbo_support import uint8_input
+from captured_support import Rerun, model, observation, takes_only_what_fits
 
-from turbopi import InputError, PrefixCache
+from turbopi import PrefixCache
 from turbopi.engine import create_engine
 from turbopi.engine.compiled import BUCKET, CompiledFunctions
 from turbopi.engine.graphed import ReferenceFunctions, StageGraphs
@@ -129,19 +128,8 @@ def test_only_new_shapes_are_recorded() -> None:
 
 
 def test_stages_take_only_what_fits() -> None:
-    """A copy into static memory would take grey levels for floats, and one noise for every sample."""
     reference = model()
-    engine = StageGraphs(reference, ReferenceFunctions(reference), Rerun())
-    x, noise = observation(reference.config, [9, 20])
-    grey, _ = uint8_input(x)
-    for images in (grey.images, x.images[:, :, :, :1]):
-        with pytest.raises(InputError, match=r"^images is "):
-            engine.encode_images(images, x.image_mask)
-    with torch.no_grad():
-        cache = reference.prefill(reference.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
-    for what, state, start in unfit(x, noise):
-        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
-            engine.denoise(cache, state, start, 2)
+    takes_only_what_fits(StageGraphs(reference, ReferenceFunctions(reference), Rerun()), reference, 2)
 
 
 def test_a_cache_that_was_written_over_is_refused() -> None:

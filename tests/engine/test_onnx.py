@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from captured_support import model, observation, unfit
-from turbo_support import uint8_input
+from captured_support import model, observation, takes_only_what_fits
 
 from turbopi import CheckpointError, InputError, Pi0
 from turbopi.engine import Engine, TickEngine, create_engine, sample_actions
@@ -100,17 +99,7 @@ def test_what_it_cannot_take(reference: Pi0, engine: TickEngine) -> None:
 
 
 def test_stages_take_only_what_fits(reference: Pi0, engine: TickEngine) -> None:
-    """A copy into static memory would take grey levels for floats, and one noise for every sample."""
-    x, noise = observation(reference.config, [9, 20])
-    grey, _ = uint8_input(x)
-    for images in (grey.images, x.images[:, :, :, :1]):
-        with pytest.raises(InputError, match=r"^images is "):
-            engine.encode_images(images, x.image_mask)
-    with torch.no_grad():
-        cache = reference.prefill(reference.encode_images(x.images, x.image_mask), x.image_mask, x.tokens, x.token_mask)
-    for what, state, start in unfit(x, noise):
-        with pytest.raises(InputError, match=f"^{what} is .*float.*, expected"):
-            engine.denoise(cache, state, start, STEPS)
+    takes_only_what_fits(engine, reference, STEPS)
 
 
 def test_it_says_how_it_runs(engine: TickEngine) -> None:
