@@ -63,17 +63,19 @@ def code() -> dict[str, str]:
     return {"turbopi": __version__, "files": digest.hexdigest()[:16]}
 
 
-def check_code(out: Path) -> None:
-    """Raise ValueError if `out` holds episodes that other code played: a mended engine must play them again."""
+def check_code(out: Path) -> dict[str, str]:
+    """Which code this is; ValueError if `out` holds episodes that other code played: they must be played again."""
+    now = code()
     if not any((out / run / EPISODES_FILE).is_file() and (out / run / EPISODES_FILE).stat().st_size for run in RUNS):
-        return
-    file, now = out / CODE_FILE, code()
+        return now
+    file = out / CODE_FILE
     before = json.loads(file.read_text()) if file.is_file() else None
     if before != now:
         raise ValueError(
             f"{out} holds episodes that other code of turbopi played ({before or 'unknown'}, now {now}), which say "
             f"nothing of this one; remove {out}, or give another --out"
         )
+    return now
 
 
 def play(loop: ClosedLoop, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -84,9 +86,7 @@ def play(loop: ClosedLoop, progress: Callable[[str], None] = lambda _: None) -> 
 
     Raises what `check_code` and `evaluate` raise: missing packages, an unknown suite, a policy of another robot.
     """
-    check_code(loop.out)
-    loop.out.mkdir(parents=True, exist_ok=True)
-    write_json(loop.out / CODE_FILE, code())
+    write_json(loop.out / CODE_FILE, check_code(loop.out))
     continued = 0
     for name, source in zip(RUNS, (loop.reference, loop.candidate), strict=True):
         done = 0

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
+
 CONFIG_FILE, EPISODES_FILE, LOCK_FILE = "config.json", "episodes.jsonl", "run.lock"
 FORMAT = 1
 
@@ -145,12 +147,7 @@ def _with_trials_of(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 class RunDirectory:
