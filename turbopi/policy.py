@@ -46,8 +46,6 @@ from .transforms import (
     robot_from_lerobot,
 )
 
-DEFAULT_STEPS = 10
-
 
 class Policy:
     """One control loop's view of a model: its transforms, its noise stream, and an engine that it may share.
@@ -323,7 +321,7 @@ def load_quantisation(
 
 def _choose_runtime(runtime: RuntimeConfig | None, steps: int | None, seed: int | None) -> RuntimeConfig:
     if runtime is None:
-        return RuntimeConfig(steps=DEFAULT_STEPS if steps is None else steps, seed=seed or 0)
+        return RuntimeConfig(RuntimeConfig.steps if steps is None else steps, seed or 0)
     if steps not in (None, runtime.steps):
         raise ValueError(f"steps is {steps}, but the runtime has {runtime.steps}; give the number in one place")
     if seed is None or seed == runtime.seed:

@@ -33,12 +33,14 @@ def infer(
     loaded = policy.load()
     values = read_observation(observation, loaded.transforms.robot.image_group)
     result = loaded.infer(values, None if noise is None else _read_noise(noise))
+    if out.suffix != ".npz":
+        out = out.with_name(f"{out.name}.npz")  # as numpy would, so that the path told is the file's
     out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(out, actions=result["actions"], **result["policy_timing"])
     console = Console()
     console.print(action_table(result["actions"]))
     console.print(timing_table([result["policy_timing"]]))
-    console.print(f"wrote {out if out.suffix == '.npz' else f'{out}.npz'}")
+    console.print(f"wrote {out}")
     return 0
 
 

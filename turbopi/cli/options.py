@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_ENGINE = "eager"
-DEFAULT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -70,27 +69,27 @@ class PolicyOptions:
         Raises ValueError for an unknown preset or one that contradicts other options, FileNotFoundError for a runtime
         that is neither a preset nor a file.
         """
+        from ..runtime import RuntimeConfig
+
         options = dataclasses.asdict(self)
         for name in ("checkpoint", "seed", "preset"):
             del options[name]
         options["default_prompt"] = options.pop("prompt")
-        if self.runtime is not None or self.preset is not None:
-            options |= self._tick()
+        options |= self.tick()
         if self.steps is None:
-            options["steps"] = options["runtime"].steps if options["runtime"] else DEFAULT_STEPS
+            options["steps"] = (options["runtime"] or RuntimeConfig).steps
         if ">" in options["engine"]:
             from .selecting import choose_engine
 
             options["engine"] = choose_engine(self, options)
         return options
 
-    def _tick(self) -> dict[str, Any]:
-        """Engine, precision and runtime, where one of the two options says so."""
+    def tick(self) -> dict[str, Any]:
+        """The runtime that --runtime names; with engine and precision what --preset names. Raises as `keywords`."""
         from ..runtime.presets import find_preset, find_runtime
 
         if self.preset is None:
-            assert self.runtime is not None
-            return {"runtime": find_runtime(self.runtime)}
+            return {} if self.runtime is None else {"runtime": find_runtime(self.runtime)}
         if self.runtime is not None:
             raise ValueError("give --preset or --runtime: a preset has a runtime of its own")
         found = find_preset(self.preset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from .options import PolicyOptions
 
 if TYPE_CHECKING:
+    from ..policy import Policy
     from ..serve import PolicyServer
 
 REQUEST_LOGGER = "turbopi.serve.requests"
@@ -51,6 +53,7 @@ def serve(
     from ..serve.recorder import MEBIBYTE, RecordConfig, Recorder, RecordingPolicy
 
     console = Console(stderr=True, soft_wrap=True)
+    _refuse_chunks(policy)
     if log_requests:
         _print_requests()
     config = ServeConfig(
@@ -65,23 +68,7 @@ def serve(
     limits = None if record is None else RecordConfig(record, record_every, max_bytes=record_mib * MEBIBYTE)
     recorder = None if limits is None else Recorder(limits)
     loaded = policy.load()
-    if loaded.runtime.chunking is not None:
-        raise ValueError(
-            "chunking plays chunks beside the robot, and a server's clients play theirs themselves: serve a runtime "
-            "without it, and give the client its replan interval"
-        )
-
-    def announce(server: PolicyServer) -> None:
-        console.print(
-            f"serving {policy.checkpoint} for {loaded.transforms.robot.name} on {server.url} "
-            f"({loaded.engine.name}, {loaded.engine.precision}, {loaded.engine.device})"
-        )
-        if loaded.remembers:
-            console.print(
-                "this runtime remembers the episode: clients connect anew for each, or send reset=True with its first "
-                "observation"
-            )
-
+    announce = partial(_announce, console, policy.checkpoint, loaded)
     if recorder is None:
         return serve_forever(loaded, config, on_ready=announce)
     try:
@@ -89,6 +76,28 @@ def serve(
     finally:
         recorder.close()
         console.print(f"recorded {recorder.written} observations in {record}, {recorder.dropped} left out")
+
+
+def _refuse_chunks(policy: PolicyOptions) -> None:
+    """Raise ValueError for a runtime that plays chunks, before anything is loaded."""
+    runtime = policy.tick().get("runtime")
+    if runtime is not None and runtime.chunking is not None:
+        raise ValueError(
+            "chunking plays chunks beside the robot, and a server's clients play theirs themselves: serve a runtime "
+            "without it, and give the client its replan interval"
+        )
+
+
+def _announce(console: Console, checkpoint: Path, loaded: Policy, server: PolicyServer) -> None:
+    console.print(
+        f"serving {checkpoint} for {loaded.transforms.robot.name} on {server.url} "
+        f"({loaded.engine.name}, {loaded.engine.precision}, {loaded.engine.device})"
+    )
+    if loaded.remembers:
+        console.print(
+            "this runtime remembers the episode: clients connect anew for each, or send reset=True with its first "
+            "observation"
+        )
 
 
 def _print_requests() -> None:

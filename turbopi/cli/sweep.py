@@ -47,17 +47,13 @@ def sweep(
         ray: run on a Ray cluster, which must see `out`; `workers` is then the share of each run.
         ray_address: of the cluster. Default: Ray's own choice.
     """
-    from ..runtime import RuntimeConfig
-    from ..sim.sweep import read_grid, run_here, run_on_ray, write_sweep
+    from ..sim.sweep import run_here, run_on_ray, write_sweep
 
     if policy.runtime is not None or policy.preset is not None:
         raise ValueError("the grid has the runtimes: leave --runtime and --preset away")
     if at_once < 1:
         raise ValueError(f"--at-once is {at_once}; at least one run must go on")
-    settings = {name: RuntimeConfig.from_dict(values) for name, values in read_grid(grid).items()}
-    seeded = [name for name, runtime in settings.items() if runtime.seed != RuntimeConfig.seed]
-    if seeded:
-        raise ValueError(f"{', '.join(seeded)}: an episode's noise comes from --seed alone; leave seed out of the grid")
+    settings = _runtimes(grid)
     total = workers or os.cpu_count() or 1
     share = total if ray else max(1, total // at_once)
     configs = {
@@ -82,6 +78,18 @@ def sweep(
         os._exit(INTERRUPTED)  # runs go on in threads; their workers end with this process
     console.print(f"turbo-pi report --sweep {out} draws the Pareto front", markup=False, highlight=False)
     return 1 if any(summary["errors"] for summary in summaries.values()) else 0
+
+
+def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
+    """The settings of a grid by name. Raises ValueError for what is none, FileNotFoundError."""
+    from ..runtime import RuntimeConfig
+    from ..sim.sweep import read_grid
+
+    settings = {name: RuntimeConfig.from_dict(values) for name, values in read_grid(grid).items()}
+    seeded = [name for name, runtime in settings.items() if runtime.seed != RuntimeConfig.seed]
+    if seeded:
+        raise ValueError(f"{', '.join(seeded)}: an episode's noise comes from --seed alone; leave seed out of the grid")
+    return settings
 
 
 def _run_of(
