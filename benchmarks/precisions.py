@@ -5,8 +5,9 @@
 
 A run is ENGINE:PRECISION. `turbo` runs on the GPU, other engines on --device: processes that share a GPU wait for each
 other, which turbo alone is quick enough for. Quantised ones read calibration.json in the checkpoint (`turbo-pi
-calibrate`). The same command continues runs that were stopped; new runs may be added. The receipt, which holds every
-run whose episodes are complete, is benchmarks/results/precisions.json. 200 episodes are played, 20 of each task.
+calibrate`). The same command continues runs that were stopped; new runs may be added. The receipt,
+benchmarks/results/precisions.json, holds every run whose episodes are complete; those of it that are not in --out stay,
+if the reference ended as theirs did. 200 episodes are played, 20 of each task.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, cast
 
 import tyro
 from doc_tables import RESULTS
-from paired_runs import RunOptions, is_complete, percent, row, run_all, success_cells, wide_console
+from paired_runs import RunOptions, is_complete, joined, percent, row, run_all, success_cells, wide_console
 from rich.table import Table
 
 from turbopi.bench import write_receipt
@@ -63,7 +64,8 @@ def main() -> None:
     console = wide_console()
     if options.play:
         run_all({name: run_of(options, name) for name in options.names}, options.at_once, console)
-    results: dict[str, Any] = {"reference": options.reference, "runs": collect(options)}
+    runs = joined(options.receipt, "runs", "run", options.reference, collect(options))
+    results: dict[str, Any] = {"reference": options.reference, "runs": runs}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = write_receipt(options.receipt, f"precisions in closed loop, {options.suite}", results, config)
     console.print(table(results))

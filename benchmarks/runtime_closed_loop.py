@@ -14,8 +14,9 @@ order of what they can tell: with --rows only the first so many of each group ar
     delays      inference that takes 0-8 control ticks, with and without real-time chunking
     presets     safe, balanced, fast
 
-The receipt, which holds the settings whose episodes are complete, is benchmarks/results/runtime_closed_loop.json;
-benchmarks/runtime_docs.py makes the tables and plots of docs/runtime.md from it.
+The receipt, benchmarks/results/runtime_closed_loop.json, holds the settings whose episodes are complete; those of it
+whose runs are not in --out stay, if the reference ended as theirs did. benchmarks/runtime_docs.py makes the tables and
+plots of docs/runtime.md from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, Literal, get_args
 
 import tyro
 from doc_tables import RESULTS
-from paired_runs import RunOptions, is_complete, row, run_all, success_cells, wide_console
+from paired_runs import RunOptions, is_complete, joined, row, run_all, success_cells, wide_console
 from rich.table import Table
 
 from turbopi import RuntimeConfig
@@ -74,6 +75,8 @@ class Options(RunOptions):
     """Groups to play."""
     rows: int | None = None
     """Of each group, the first so many. Default: all."""
+    named: tuple[str, ...] = ()
+    """Of those, the ones with these names. Default: all."""
     replan: int = REPLAN
     """Actions between inferences, where the runtime does not play the chunks; a row's name says another than 5."""
     list: bool = False
@@ -94,7 +97,9 @@ def main() -> None:
         return
     if options.play:
         run_all({named(s, options): run_of(options, s) for s in wanted}, options.at_once, console)
-    results = {"reference": named(REFERENCE, options), "settings": collect(options)}
+    reference = named(REFERENCE, options)
+    rows = joined(options.receipt, "settings", "name", reference, collect(options))
+    results = {"reference": reference, "settings": in_order(rows, options)}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     path = write_receipt(options.receipt, f"the runtime in closed loop, {options.suite}", results, config)
     console.print(table(results["settings"]))
@@ -103,10 +108,10 @@ def main() -> None:
 
 def chosen(options: Options) -> list[Setting]:
     """The reference, and the rows asked for, in the order in which they are worth playing."""
-    rows = [REFERENCE]
-    for group in options.only:
-        rows += list(SETTINGS[group]())[: options.rows]
-    return rows
+    rows = [setting for group in options.only for setting in list(SETTINGS[group]())[: options.rows]]
+    if unknown := set(options.named) - {setting.name for setting in rows}:
+        raise ValueError(f"no row named {', '.join(sorted(unknown))} among those asked for; --list shows their names")
+    return [REFERENCE, *(setting for setting in rows if not options.named or setting.name in options.named)]
 
 
 def named(setting: Setting, options: Options) -> str:
@@ -188,9 +193,19 @@ def run_of(options: Options, setting: Setting) -> EvalConfig:
     return options.run(named(setting, options), source, LiberoScenes(), options.replan)
 
 
+def everything(options: Options) -> list[Setting]:
+    """Every row there is."""
+    return chosen(replace(options, only=GROUPS, rows=None, named=()))
+
+
+def in_order(rows: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
+    """Rows in the order in which they are worth playing; unknown ones, of another replan, behind them."""
+    order = {named(setting, options): place for place, setting in enumerate(everything(options))}
+    return sorted(rows, key=lambda found: order.get(found["name"], len(order)))
+
+
 def collect(options: Options) -> list[dict[str, Any]]:
     """All settings whose episodes are complete, of this call or an earlier one."""
-    everything = chosen(replace(options, only=GROUPS, rows=None))
     reference = options.out / named(REFERENCE, options)
     return [
         {
@@ -200,7 +215,7 @@ def collect(options: Options) -> list[dict[str, Any]]:
             **row(reference, options.out / named(setting, options), options.minimum),
             **ticks(options.out / named(setting, options)),
         }
-        for setting in everything
+        for setting in everything(options)
         if is_complete(options.out / named(setting, options), options.episodes)
     ]
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import closed_loop_docs as docs
 from classic_knobs import Options as KnobOptions
 from doc_tables import placed
-from paired_runs import is_complete, row
+from paired_runs import is_complete, joined, row
 from planted_mistakes import noise_threshold
 
 
@@ -91,6 +91,32 @@ def test_a_row_compares_with_the_reference(tmp_path: Path) -> None:
     assert is_complete(tmp_path / "a", 40)
     assert not is_complete(tmp_path / "b", 40)
     assert not is_complete(tmp_path / "c", 1)
+
+
+def ended(name: str, successes: int) -> dict[str, Any]:
+    return {"name": name, "per_task": [[successes, 20]], "latency": {"inferences": 90}}
+
+
+def test_rows_that_were_played_elsewhere_stay(tmp_path: Path) -> None:
+    receipt = tmp_path / "receipt.json"
+    first = joined(receipt, "settings", "name", "reference", [ended("reference", 18), ended("a", 3), ended("b", 4)])
+    assert not any("kept_from" in found for found in first)
+    source = {"when": "then", "commit": "abc", "command": "python x.py"}
+    receipt.write_text(json.dumps({**source, "results": {"settings": first}}))
+    second = joined(receipt, "settings", "name", "reference", [ended("reference", 18), ended("b", 5)])
+    assert second == [ended("reference", 18), ended("b", 5), {**ended("a", 3), "kept_from": source}]
+    receipt.write_text(json.dumps({**source, "when": "later", "results": {"settings": second}}))
+    third = joined(receipt, "settings", "name", "reference", [ended("reference", 18)])
+    assert [found["kept_from"]["when"] for found in third[1:]] == ["later", "then"]
+
+
+@pytest.mark.parametrize("found", [[ended("reference", 17), ended("a", 3)], [ended("a", 3)]])
+def test_rows_of_another_reference_are_not_joined(tmp_path: Path, found: list[dict[str, Any]]) -> None:
+    receipt = tmp_path / "receipt.json"
+    earlier = {"settings": [ended("reference", 18), ended("b", 4)]}
+    receipt.write_text(json.dumps({"when": "then", "commit": None, "command": "x", "results": earlier}))
+    with pytest.raises(ValueError, match="pairs with a reference of other episodes"):
+        joined(receipt, "settings", "name", "reference", found)
 
 
 def test_the_noise_that_costs() -> None:

@@ -97,6 +97,20 @@ def test_rows_in_the_order_of_their_value() -> None:
     assert len(matrix) == len(set(matrix)) == 24
 
 
+def test_rows_by_their_names() -> None:
+    asked = runtime_closed_loop.Options(out=Path("x"), only=("delays",), named=("delay7", "delay5_rtc"))
+    assert [setting.name for setting in runtime_closed_loop.chosen(asked)] == ["reference", "delay5_rtc", "delay7"]
+    with pytest.raises(ValueError, match="no row named steps1_every1 among those asked for"):
+        runtime_closed_loop.chosen(runtime_closed_loop.replace(asked, named=("steps1_every1",)))
+
+
+def test_rows_of_a_receipt_stand_in_one_order() -> None:
+    asked = runtime_closed_loop.Options(out=Path("x"))
+    rows = [{"name": name} for name in ("delay1", "delay1_replan10", "steps5_every1", "reference")]
+    names = [found["name"] for found in runtime_closed_loop.in_order(rows, asked)]
+    assert names == ["reference", "steps5_every1", "delay1", "delay1_replan10"]
+
+
 def test_what_turbo_cannot_do_is_left_to_eager() -> None:
     modes = list(runtime_closed_loop.mode_settings())
     on_turbo = [setting.name for setting in modes if runtime_closed_loop.runs_on(setting, "turbo")]
