@@ -126,7 +126,7 @@ class FakeSource:
     mark: str = ""
 
     def describe(self) -> dict[str, Any]:
-        return {"strength": self.strength}
+        return {"strength": self.strength, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
     def open(self) -> FakePolicy:
         if self.mischief == "stillborn":

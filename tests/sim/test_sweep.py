@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import eval_fakes
@@ -109,6 +109,18 @@ def test_a_sweep_and_its_report(tmp_path: Path, fakes: None, capsys: pytest.Capt
     assert "steps=4" in page
 
 
+def test_each_setting_is_a_policy_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the checkpoint, the worker processes and the command line as they are."""
+    monkeypatch.setattr(simulations, "LiberoScenes", lambda camera_px, prompts: eval_fakes.FakeScenes())
+    path = init_checkpoint(tmp_path / "ck", "pi05-tiny", weights="hash", robot="libero")
+    grid = grid_file(tmp_path / "g.json", {"grid": {"steps": [2]}, "settings": {"old": {"reuse": {"every": 2}}}})
+    options = ("--checkpoint", path, "--device", "cpu", "--tasks", 1, "--trials", 1, "--workers", 1)
+    assert run("sweep", "--grid", grid, "--out", tmp_path / "s", *options) == 0
+    few, old = (json.loads((tmp_path / "s" / name / "config.json").read_text()) for name in ("steps=2", "old"))
+    assert few["policy"]["runtime"] == {"steps": 2, "seed": 0}
+    assert old["policy"]["runtime"] == {"steps": 10, "seed": 0, "reuse": {"every": 2}}
+
+
 def test_what_a_sweep_refuses(tmp_path: Path, fakes: None, capsys: pytest.CaptureFixture[str]) -> None:
     grid = grid_file(tmp_path / "g.json", {"grid": {"steps": [0]}})
     common = ("sweep", "--out", tmp_path / "s", "--checkpoint", "ck", "--grid")
@@ -116,6 +128,8 @@ def test_what_a_sweep_refuses(tmp_path: Path, fakes: None, capsys: pytest.Captur
     assert "RuntimeConfig.steps must be" in capsys.readouterr().err
     assert run(*common, grid, "--runtime", "fast") == 1
     assert "the grid has the runtimes" in capsys.readouterr().err
+    assert run(*common, grid, "--steps", 3) == 1
+    assert "the grid has the steps" in capsys.readouterr().err
     assert run(*common, grid_file(tmp_path / "h.json", {"grid": {"steps": [1]}}), "--at-once", 0) == 1
     assert "at least one run" in capsys.readouterr().err
     assert run(*common, grid_file(tmp_path / "s.json", {"grid": {"seed": [0, 1]}})) == 1
@@ -125,40 +139,36 @@ def test_what_a_sweep_refuses(tmp_path: Path, fakes: None, capsys: pytest.Captur
 def test_ray_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"install turbo-pi with its extra \[ray\]"):
-        run_on_ray({}, None, lambda name, summary: None)
+        run_on_ray({}, None, lambda name, summary: None, gpu=False)
 
 
-class Reference:
-    def __init__(self, function: Any, config: Any) -> None:
-        self.function, self.config = function, config
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of this machine, whose workers stand in the directory of before the test and find the fakes."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(eval_fakes.__file__).parent))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
-def test_on_ray_every_run_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in that runs a task when it is waited for."""
-    asked: list[dict[str, Any]] = []
-
-    def remote(function: Any) -> Any:
-        def options(**given: Any) -> Any:
-            asked.append(given)
-            return SimpleNamespace(remote=lambda config: Reference(function, config))
-
-        return SimpleNamespace(options=options)
-
-    ray = ModuleType("ray")
-    ray.__dict__.update(
-        init=lambda **_: None,
-        remote=remote,
-        wait=lambda waiting, num_returns: ([waiting[0]], waiting[1:]),
-        get=lambda reference: reference.function(reference.config),
-        cancel=lambda reference: None,
-    )
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    configs = {name: eval_fakes.fake_config(tmp_path / name, workers=3) for name in ("a", "b")}
-    found: dict[str, Any] = {}
-    monkeypatch.setattr("turbopi.sim.sweep.evaluate", lambda config: {"of": config.out.name, "s": config.scenes.facts})
-    run_on_ray(configs, None, found.__setitem__)
-    assert found == {name: {"of": name, "s": {"simulator": "fake"}} for name in ("a", "b")}
-    assert asked == [{"num_cpus": 3}] * 2
+def test_on_ray_every_run_is_a_task(
+    cluster: None, tmp_path: Path, fakes: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = grid_file(tmp_path / "g.json", {"grid": {"steps": [1, 4]}})
+    options = ("--checkpoint", "ck", "--tasks", 1, "--trials", 1, "--workers", 1, "--ray")
+    assert run("sweep", "--grid", grid, "--out", "s", *options) == 0
+    content = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert {row["name"]: row["total"]["rate"] for row in content["rows"]} == {"steps=1": 0.0, "steps=4": 1.0}
+    config = tmp_path / "s" / "steps=4" / "config.json"
+    assert json.loads(config.read_text())["config"]["source"]["gpus"] in ("0", "1")
+    assert len(read_records(config.parent)) == 1
+    config.write_text("{")
+    assert run("sweep", "--grid", grid, "--out", "s", *options) == 1
+    assert capsys.readouterr().err.startswith(f"error: {config} is not JSON")
 
 
 def test_the_front_is_what_nothing_beats() -> None:

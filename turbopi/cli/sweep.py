@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,26 +40,32 @@ def sweep(
     Args:
         grid: JSON file, see docs/runtime.md.
         out: directory of the runs.
-        policy: which policy; its runtime is the grid's.
+        policy: which policy; its runtime, steps included, is the grid's.
         episodes: which episodes of each setting.
         workers: processes over all runs. Default: one per core.
         at_once: runs at a time, each with its share of the workers.
         threads: of torch on the CPU in each worker.
         minimum: episodes below which no verdict is given.
-        ray: run on a Ray cluster, which must see `out`; `workers` is then the share of each run.
+        ray: run on a Ray cluster, whose machines must see `out` and the checkpoint where they are here; `workers` is
+            then the share of each run, which has a GPU to itself where the cluster has any and --device is not cpu.
         ray_address: of the cluster. Default: Ray's own choice.
     """
     from ..sim.sweep import run_here, run_on_ray, write_sweep
 
     if policy.runtime is not None or policy.preset is not None:
         raise ValueError("the grid has the runtimes: leave --runtime and --preset away")
+    if policy.steps is not None:
+        raise ValueError('the grid has the steps: leave --steps away, and give the grid {"base": {"steps": N}}')
     if at_once < 1:
         raise ValueError(f"--at-once is {at_once}; at least one run must go on")
+    if ray:
+        out, policy = out.resolve(), _wherever(policy)
     settings = _runtimes(grid)
     total = workers or os.cpu_count() or 1
     share = total if ray else max(1, total // at_once)
+    keywords = policy.keywords()
     configs = {
-        name: _run_of(out / name, policy, runtime, episodes, share, threads, minimum)
+        name: _run_of(out / name, policy, _under(keywords, runtime), episodes, share, threads, minimum)
         for name, runtime in settings.items()
     }
     console, summaries = Console(soft_wrap=True), {}
@@ -70,7 +78,7 @@ def sweep(
 
     try:
         if ray:
-            run_on_ray(configs, ray_address, done)
+            run_on_ray(configs, ray_address, done, gpu=policy.device != "cpu")
         else:
             run_here(configs, at_once, done)
     except KeyboardInterrupt:
@@ -92,10 +100,21 @@ def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
     return settings
 
 
+def _wherever(policy: PolicyOptions) -> PolicyOptions:
+    """The same with absolute paths: a cluster's workers have a directory of their own."""
+    paths: dict[str, Any] = {name: value.resolve() for name, value in vars(policy).items() if isinstance(value, Path)}
+    return dataclasses.replace(policy, **paths)
+
+
+def _under(keywords: Mapping[str, Any], runtime: RuntimeConfig) -> dict[str, Any]:
+    """The same policy under another runtime."""
+    return {**keywords, "runtime": runtime, "steps": runtime.steps}
+
+
 def _run_of(
     out: Path,
     policy: PolicyOptions,
-    runtime: RuntimeConfig,
+    keywords: Mapping[str, Any],
     episodes: EpisodeOptions,
     workers: int,
     threads: int,
@@ -108,7 +127,7 @@ def _run_of(
 
     return EvalConfig(
         out=out,
-        source=CheckpointSource(policy.checkpoint, policy.keywords() | {"runtime": runtime}),
+        source=CheckpointSource(policy.checkpoint, keywords),
         scenes=LiberoScenes(camera_px=episodes.camera_px, prompts=episodes.prompts),
         suite=episodes.suite,
         tasks=parse_tasks(episodes.tasks),

@@ -133,8 +133,10 @@ def run_here(configs: Mapping[str, EvalConfig], at_once: int, done: Done) -> Non
     threads.shutdown()
 
 
-def run_on_ray(configs: Mapping[str, EvalConfig], address: str | None, done: Done) -> None:
-    """Evaluate all on a Ray cluster, a task a run; `out` must be a directory that every machine sees.
+def run_on_ray(configs: Mapping[str, EvalConfig], address: str | None, done: Done, gpu: bool) -> None:
+    """Evaluate all on a Ray cluster, a task a run; every machine must see `out` and the checkpoint, by absolute paths.
+
+    With `gpu` each run asks for one where the cluster has any; Ray hides GPUs from those that do not ask.
 
     Raises ImportError that names the extra where Ray is not installed, and what `evaluate` does.
     """
@@ -143,7 +145,8 @@ def run_on_ray(configs: Mapping[str, EvalConfig], address: str | None, done: Don
     except ImportError as error:
         raise ImportError("--ray needs Ray, which is not installed; install turbo-pi with its extra [ray]") from error
     ray.init(address=address, ignore_reinit_error=True)
-    task = ray.remote(evaluate)
+    gpus = min(1, int(ray.cluster_resources().get("GPU", 0))) if gpu else 0
+    task = ray.remote(num_gpus=gpus)(evaluate)
     waiting = {
         task.options(num_cpus=max(1, config.workers)).remote(prepared(config)): name for name, config in configs.items()
     }
@@ -152,6 +155,8 @@ def run_on_ray(configs: Mapping[str, EvalConfig], address: str | None, done: Don
             ready, _ = ray.wait(list(waiting), num_returns=1)
             for reference in ready:
                 done(waiting.pop(reference), ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
     finally:
         for reference in waiting:
             ray.cancel(reference)
