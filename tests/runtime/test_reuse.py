@@ -166,6 +166,19 @@ def test_threshold_one_recomputes_whatever_is_not_identical() -> None:
     assert kinds == ["full", "full", "exact", "full"]
 
 
+@pytest.mark.parametrize("signal", ["tokens", "images"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_threshold_one_sees_a_single_pixel(signal: Any, row: int) -> None:
+    """Its cosine rounds to 1; and of the frames only every second row is compared."""
+    engine = eager()
+    ticks = runtime(engine, reuse=ReuseConfig(gate=SimilarityGate(1.0, signal)))
+    first = blended(engine, 0)
+    changed = dataclasses.replace(first, images=first.images.clone())
+    changed.images[0, 0, 0, row, 3] += 1e-4
+    kinds = [ticks.sample(seen, noise(engine.config), 6)[1].decision.kind for seen in (first, changed)]
+    assert kinds == ["full", "full"]
+
+
 def test_maximum_age() -> None:
     ticks = runtime(eager(), reuse=ReuseConfig(gate=SimilarityGate(1e-6, "images"), max_age=3))
     assert play(ticks, list(range(8))) == ["full", "fast", "fast", "full", "fast", "fast", "full", "fast"]

@@ -70,7 +70,8 @@ class SimilarityGate:
 
     Attributes:
         threshold: similarity from which on the snapshot is reused; 1 reuses only what is identical.
-        signal: "tokens" compares image tokens (stage 1 runs at every tick), "images" the frames, "state" the state.
+        signal: "tokens" compares image tokens (stage 1 runs at every tick), "images" every second row of the
+            frames, "state" the state.
         state_threshold: where given, the state must be as similar as that, too: the cross-modal gate.
     """
 
@@ -333,7 +334,10 @@ class RuntimeConfig:
                 "the times must be uniform"
             )
         if "hold" in self.deadline.order and self.chunking is None:
-            raise ValueError("the deadline may hold the chunk only where the runtime plays it: give chunking, too")
+            raise ValueError(
+                "the deadline may hold the chunk only where the runtime plays it: give chunking, too, or an order "
+                "without hold"
+            )
         if "reuse" not in self.deadline.order or self.reuse is None:
             return
         if self.reuse.mode != "full":

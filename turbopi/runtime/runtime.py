@@ -203,7 +203,7 @@ class Runtime:
             dims = self._state_dims  # padding never differs, and would make every state like every other
             return state_similarity(seen.state[:dims], held.seen.state[:dims])
         if signal == "images":
-            return image_similarity(seen.images, held.seen.images)
+            return image_similarity(seen.pixels, held.seen.pixels, lambda: seen.same_frames(held.seen))
         now = self._encoded(inputs, clock)
         assert held.image_tokens is not None
         return token_similarity(now, held.image_tokens, seen.cameras)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..model import ModelInput, PrefixCache
 from .config import ReuseConfig
+from .similarity import Pixels, pixels_of
 
 TEXT, STATE = "text", "state"
 SAMPLE = 997
@@ -60,6 +62,11 @@ class PrefixInput:
         known = len(tokens) if text is None else min(text, len(tokens))
         return cls(cameras, images, tokens, known, inputs.state.numpy()[0], config.vision.tokens)
 
+    @cached_property
+    def pixels(self) -> Pixels:
+        """What a gate on images compares."""
+        return pixels_of(self.images)
+
     @property
     def parts(self) -> tuple[str, ...]:
         """In the order of their rows."""
@@ -100,6 +107,10 @@ class PrefixInput:
         """Whether nothing in the prefix differs, to the bit."""
         if self.cameras != other.cameras or not np.array_equal(self.tokens, other.tokens):
             return False
+        return self.same_frames(other)
+
+    def same_frames(self, other: PrefixInput) -> bool:
+        """Whether no pixel of the same cameras differs."""
         if self.images.dtype != other.images.dtype:
             return False
         ours, theirs = self.images.ravel(), other.images.ravel()
