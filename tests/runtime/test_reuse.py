@@ -169,7 +169,7 @@ def test_threshold_one_recomputes_whatever_is_not_identical() -> None:
 @pytest.mark.parametrize("signal", ["tokens", "images"])
 @pytest.mark.parametrize("row", [0, 1])
 def test_threshold_one_sees_a_single_pixel(signal: Any, row: int) -> None:
-    """Its cosine rounds to 1; and of the frames only every second row is compared."""
+    """Its cosine rounds to 1; and of the frames only every fourth row is compared."""
     engine = eager()
     ticks = runtime(engine, reuse=ReuseConfig(gate=SimilarityGate(1.0, signal)))
     first = blended(engine, 0)

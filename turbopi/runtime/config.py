@@ -70,7 +70,7 @@ class SimilarityGate:
 
     Attributes:
         threshold: similarity from which on the snapshot is reused; 1 reuses only what is identical.
-        signal: "tokens" compares image tokens (stage 1 runs at every tick), "images" every second row of the
+        signal: "tokens" compares image tokens (stage 1 runs at every tick), "images" every fourth row of the
             frames, "state" the state.
         state_threshold: where given, the state must be as similar as that, too: the cross-modal gate.
     """
