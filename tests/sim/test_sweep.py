@@ -15,6 +15,8 @@ import pytest
 
 from turbopi.checkpoint import init_checkpoint
 from turbopi.cli.main import main
+from turbopi.cli.options import PolicyOptions
+from turbopi.cli.sweep import wherever
 from turbopi.report.pareto import Point, pareto_front, write_sweep_report
 from turbopi.sim import simulations, sources
 from turbopi.sim.episodes_file import read_records
@@ -141,6 +143,14 @@ def test_ray_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"install turbo-pi with its extra \[ray\]"):
         run_on_ray({}, None, lambda name, summary: None, gpu=False)
+
+
+def test_paths_mean_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = PolicyOptions(Path("ck"), engine="vision=onnx:e,prefill=turbo,denoise=turbo>onnx:/e", plan=Path("p.json"))
+    found = wherever(given)
+    assert (found.checkpoint, found.plan, found.calibration) == (tmp_path / "ck", tmp_path / "p.json", None)
+    assert found.engine == f"vision=onnx:{tmp_path}/e,prefill=turbo,denoise=turbo>onnx:/e"
 
 
 @pytest.fixture

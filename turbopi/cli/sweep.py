@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,7 +60,7 @@ def sweep(
     if at_once < 1:
         raise ValueError(f"--at-once is {at_once}; at least one run must go on")
     if ray:
-        out, policy = out.resolve(), _wherever(policy)
+        out, policy = out.resolve(), wherever(policy)
     settings = _runtimes(grid)
     total = workers or os.cpu_count() or 1
     share = total if ray else max(1, total // at_once)
@@ -100,10 +101,11 @@ def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
     return settings
 
 
-def _wherever(policy: PolicyOptions) -> PolicyOptions:
+def wherever(policy: PolicyOptions) -> PolicyOptions:
     """The same with absolute paths: a cluster's workers have a directory of their own."""
     paths: dict[str, Any] = {name: value.resolve() for name, value in vars(policy).items() if isinstance(value, Path)}
-    return dataclasses.replace(policy, **paths)
+    engine = re.sub(r"(?<=:)[^,>]+", lambda directory: str(Path(directory[0]).resolve()), policy.engine)
+    return dataclasses.replace(policy, engine=engine, **paths)
 
 
 def _under(keywords: Mapping[str, Any], runtime: RuntimeConfig) -> dict[str, Any]:
