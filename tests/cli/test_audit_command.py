@@ -48,6 +48,7 @@ def test_episodes_close_the_report(
 
     def play(loop: Any, progress: Any) -> dict[str, Any]:
         played.append(loop)
+        assert "first_divergence" in json.loads((tmp_path / "audit.json").read_text())["results"]
         total = {"rate_a": 1.0, "rate_b": 0.9, "interval_a": [0.7, 1.0], "interval_b": [0.6, 1.0]}
         return {"verdict": "no difference shown", "total": total, "continued": 7}
 
@@ -95,6 +96,7 @@ def test_a_plan_is_written(checkpoint: Path, data: Path, tmp_path: Path) -> None
         (("--candidate", "turbo:bf16"), "needs an NVIDIA GPU"),
         (("--candidate", "eager:bf16", "--count", 99), "at most 20"),
         (("--candidate", "eager:bf16", "--episodes", 10), "--episodes needs --suite"),
+        (("--candidate", "eager:bf16", "--episodes", 11, "--suite", "libero_spatial"), "give a multiple of 10"),
         (("--candidate", "eager:bf16", "--write-plan", "plan.json"), "quantises nothing"),
         (("--candidate", "eager:w8a16", "--write-plan", "plan.json", "--plan-share", 2), "between 0 and 1"),
         (("--candidate", "eager:fp8"), "calibration"),

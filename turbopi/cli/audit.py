@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from ..audit.closed_loop import ClosedLoop
     from ..audit.load import Checkpointed
     from ..audit.sample import Sample
     from ..audit.subjects import SubjectName
@@ -130,6 +131,7 @@ def audit(
         plan_share: part of the actions' squared error from which a product is kept.
         out: receipt to write.
     """
+    from ..audit.closed_loop import play
     from ..audit.load import reference_model
     from ..audit.plan import check_share
     from ..audit.session import AuditOptions
@@ -138,8 +140,7 @@ def audit(
     from ..report import write_audit_report
 
     loaded = subjects.checkpointed()
-    if episodes:
-        _check_playable(loaded, frames.suite, out)
+    loop = _loop(loaded, frames.suite, episodes, workers, out) if episodes else None
     if write_plan is not None:
         check_share(loaded.candidate.precision, plan_share)
     with Console(stderr=True).status("loading") as status:
@@ -151,10 +152,12 @@ def audit(
         results = run_audit(pair, reference_model(policy), samples, options, status.update)
         took = {"all": time.perf_counter() - begin, "processor": time.process_time() - worked}
         results["seconds"] |= {part: round(seconds, 2) for part, seconds in took.items()}
-        if episodes:
-            results["closed_loop"] = _play(loaded, str(frames.suite), episodes, workers, out, status.update)
-    settings = {"subjects": subjects, "frames": frames, "model": policy.engine.config}
-    path = write_receipt(out, "audit", results, {k: _plain(v) for k, v in settings.items()})
+        settings = {"subjects": subjects, "frames": frames, "model": policy.engine.config}
+        described = {k: _plain(v) for k, v in settings.items()}
+        path = write_receipt(out, "audit", results, described)
+        if loop is not None:  # for hours, perhaps: what was found until then is on the disk
+            results["closed_loop"] = {"played": True, **play(loop, status.update)}
+            write_receipt(out, "audit", results, described)
     lines = [*summary(results), f"wrote {path} and {write_audit_report(path)}"]
     if write_plan is not None:
         lines.append(f"wrote {_save_plan(results, write_plan)}")
@@ -170,41 +173,26 @@ def _save_plan(results: dict[str, Any], path: Path) -> Path:
     return PrecisionPlan.from_dict(results["plan"]["plan"]).save(path)
 
 
-def _check_playable(loaded: Checkpointed, suite: str | None, out: Path) -> None:
-    from ..audit.closed_loop import check_code
-    from ..audit.subjects import TWINS
-
-    if suite is None or loaded.candidate.engine == TWINS:
-        raise ValueError(f"--episodes needs --suite and an engine that a policy can run on ({TWINS} is none)")
-    check_code(_episodes_of(out))
-
-
-def _episodes_of(out: Path) -> Path:
-    return out.with_suffix(".episodes")
-
-
 def _plain(options: Any) -> dict[str, Any]:
     values = dataclasses.asdict(options)
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
-def _play(loaded: Checkpointed, suite: str, episodes: int, workers: int, out: Path, progress: Any) -> dict[str, Any]:
-    from ..audit.closed_loop import ClosedLoop, play
-    from ..audit.subjects import SubjectName
+def _loop(loaded: Checkpointed, suite: str | None, episodes: int, workers: int, out: Path) -> ClosedLoop:
+    """What is to be played. Raises ValueError that says why it cannot be, before anything runs."""
+    from ..audit.closed_loop import ClosedLoop, check_code
+    from ..audit.subjects import TWINS, SubjectName
     from ..sim.sources import CheckpointSource
+
+    if suite is None or loaded.candidate.engine == TWINS:
+        raise ValueError(f"--episodes needs --suite and an engine that a policy can run on ({TWINS} is none)")
 
     def source(name: SubjectName) -> CheckpointSource:
         return CheckpointSource(loaded.checkpoint, loaded.policy_options(name))
 
-    loop = ClosedLoop(
-        source(SubjectName("eager", "fp32")),
-        source(loaded.candidate),
-        _episodes_of(out),
-        suite,
-        episodes,
-        workers,
-    )
-    return {"played": True, **play(loop, progress)}
+    runs = out.with_suffix(".episodes")
+    check_code(runs)
+    return ClosedLoop(source(SubjectName("eager", "fp32")), source(loaded.candidate), runs, suite, episodes, workers)
 
 
 def is_clean(results: dict[str, Any]) -> bool:

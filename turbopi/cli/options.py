@@ -21,8 +21,9 @@ class PolicyOptions:
     Attributes:
         checkpoint: directory of an openpi, lerobot or JAX checkpoint.
         robot: libero, droid, aloha, or lerobot (a lerobot checkpoint's features). Default: what the checkpoint says.
-        engine: way to run the stages. vision=A,prefill=B,denoise=C mixes several; "A>B>C" takes the first that passes
-            its audit here; onnx:DIR and tensorrt:DIR run what `turbo-pi export` wrote.
+        engine: way to run the stages. Default: the preset's, else eager. vision=A,prefill=B,denoise=C mixes several;
+            "A>B>C" takes the first that passes its audit here; onnx:DIR and tensorrt:DIR run what `turbo-pi export`
+            wrote.
         steps: flow-matching evaluations per chunk. Default: the runtime's, else 10.
         precision: fp32 or bf16, or quantised. Default: bf16 on a GPU, fp32 on a CPU.
         device: auto, cpu, cuda, cuda:1, ...
@@ -41,7 +42,7 @@ class PolicyOptions:
 
     checkpoint: Path
     robot: str | None = None
-    engine: str = DEFAULT_ENGINE
+    engine: str | None = None
     steps: int | None = None
     precision: Literal["fp32", "bf16", "fp8", "int8", "w8a16", "w4a16", "nvfp4"] | None = None
     device: str = "auto"
@@ -75,6 +76,7 @@ class PolicyOptions:
         for name in ("checkpoint", "seed", "preset"):
             del options[name]
         options["default_prompt"] = options.pop("prompt")
+        options["engine"] = self.engine or DEFAULT_ENGINE
         options |= self.tick()
         if self.steps is None:
             options["steps"] = (options["runtime"] or RuntimeConfig).steps
@@ -93,7 +95,7 @@ class PolicyOptions:
         if self.runtime is not None:
             raise ValueError("give --preset or --runtime: a preset has a runtime of its own")
         found = find_preset(self.preset)
-        if self.engine not in (DEFAULT_ENGINE, found.engine) or self.precision not in (None, found.precision):
+        if self.engine not in (None, found.engine) or self.precision not in (None, found.precision):
             raise ValueError(
                 f"preset {self.preset!r} is engine {found.engine!r} in {found.precision}; leave --engine and "
                 "--precision away, or use its runtime alone with --runtime"

@@ -104,8 +104,9 @@ def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
 def wherever(policy: PolicyOptions) -> PolicyOptions:
     """The same with absolute paths: a cluster's workers have a directory of their own."""
     paths: dict[str, Any] = {name: value.resolve() for name, value in vars(policy).items() if isinstance(value, Path)}
-    engine = re.sub(r"(?<=:)[^,>]+", lambda directory: str(Path(directory[0]).resolve()), policy.engine)
-    return dataclasses.replace(policy, engine=engine, **paths)
+    if policy.engine is not None:
+        paths["engine"] = re.sub(r"(?<=:)[^,>]+", lambda directory: str(Path(directory[0]).resolve()), policy.engine)
+    return dataclasses.replace(policy, **paths)
 
 
 def _under(keywords: Mapping[str, Any], runtime: RuntimeConfig) -> dict[str, Any]:
