@@ -123,6 +123,7 @@ def test_a_calibration_with_another_robots_frames_is_refused(checkpoint: Path, f
         (["--frames", "nowhere.npz"], "no observation at nowhere.npz"),
         (["--dataset", "nowhere"], "no LeRobot dataset at nowhere"),
         (["--dataset", "nowhere", "--features", "image"], "write KEY=FEATURE"),
+        (["--suite", "libero_spatial", "--episodes", "1"], "4 --looks in each of 1 --episodes are too few frames"),
         (["--synthetic", "--percentile", "100", "--steps", "1"], "must lie between 0 and 100"),
     ],
 )

@@ -95,6 +95,13 @@ def test_batches_are_what_the_policy_will_see(episodes: list[Episode], tmp_path:
         assert np.allclose(executed, source.actions[ahead], atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(28,), (28, 56)])
+def test_frames_of_another_size_are_refused(sizes: tuple[int, ...]) -> None:
+    others = [episode(seed, size=size) for seed, size in enumerate(sizes)]
+    with pytest.raises(ValueError, match=r"2 cameras of 28 x 28 px.*demos --image-size 56"):
+        dataset(others)
+
+
 def test_augmentation_keeps_the_range_and_is_seeded() -> None:
     images = torch.rand(3, 2, 3, 28, 28) * 2 - 1
     first, second = (augment_images(images, 0.1, 0.2, torch.Generator().manual_seed(1)) for _ in range(2))

@@ -120,6 +120,7 @@ def calibrate(
 def _batches(policy: Policy, source: FrameOptions, console: Console) -> tuple[Iterable[tuple[ModelInput, Tensor]], str]:
     """Inputs with noise, and where they are from, in words."""
     from ..frames import model_inputs, read_frames
+    from ..frames.model_inputs import MINIMUM_FRAMES
     from ..quant.calibrate import SYNTHETIC, SYNTHETIC_FRAMES
     from ..quant.observe import synthetic_batches
 
@@ -136,6 +137,11 @@ def _batches(policy: Policy, source: FrameOptions, console: Console) -> tuple[It
     from ..frames.rollouts import Rollouts, rollout_frames
 
     assert source.suite is not None
+    if source.episodes * source.looks < MINIMUM_FRAMES:
+        raise ValueError(
+            f"{source.looks} --looks in each of {source.episodes} --episodes are too few frames, at least "
+            f"{MINIMUM_FRAMES} are needed"
+        )
     played: list[bool] = []
 
     def tell(steps: int, success: bool) -> None:

@@ -69,6 +69,19 @@ class NoiseConfig:
     state: float = 0.02
 
 
+def _check_frames(episodes: Sequence[Episode], size: int) -> None:
+    """Raise ValueError unless all frames are of the same cameras, in the size that the model takes."""
+    shapes = {episode.frames.shape[1:] for episode in episodes}
+    if len(shapes) > 1 or {shape[1:3] for shape in shapes} != {(size, size)}:
+        found = " and ".join(
+            f"{cameras} cameras of {height} x {width} px" for cameras, height, width, _ in sorted(shapes)
+        )
+        raise ValueError(
+            f"the demonstrations have frames of {found}, but the model takes {size} x {size}, all of the same cameras; "
+            f"record them with `turbo-pi demos --image-size {size}`, or choose sizes of a model that takes these"
+        )
+
+
 class DemonstrationSet:
     """All ticks of all episodes on one device; batches are drawn uniformly over ticks.
 
@@ -85,6 +98,7 @@ class DemonstrationSet:
         noise: NoiseConfig,
         seed: int,
     ) -> None:
+        _check_frames(episodes, config.vision.image_size)
         self.config, self.device, self.noise = config, device, noise
         self.frames = torch.from_numpy(np.concatenate([e.frames for e in episodes])).to(device)
         lengths = np.array([len(e.state) for e in episodes])
