@@ -152,18 +152,15 @@ def audit(
         results = run_audit(pair, reference_model(policy), samples, options, status.update)
         took = {"all": time.perf_counter() - begin, "processor": time.process_time() - worked}
         results["seconds"] |= {part: round(seconds, 2) for part, seconds in took.items()}
-        settings = {"subjects": subjects, "frames": frames, "model": policy.engine.config}
-        described = {k: _plain(v) for k, v in settings.items()}
-        path = write_receipt(out, "audit", results, described)
+        settings = {"subjects": _plain(subjects), "frames": _plain(frames), "model": _plain(policy.engine.config)}
+        path = write_receipt(out, "audit", results, settings)
         if loop is not None:  # for hours, perhaps: what was found until then is on the disk
             results["closed_loop"] = {"played": True, **play(loop, status.update)}
-            write_receipt(out, "audit", results, described)
+            write_receipt(out, "audit", results, settings)
     lines = [*summary(results), f"wrote {path} and {write_audit_report(path)}"]
     if write_plan is not None:
         lines.append(f"wrote {_save_plan(results, write_plan)}")
-    console = Console(soft_wrap=True)
-    for line in lines:
-        console.print(line, highlight=False)
+    Console(soft_wrap=True).print(*lines, sep="\n", highlight=False)
     return 0 if is_clean(results) else 1
 
 

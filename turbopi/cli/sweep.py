@@ -53,10 +53,7 @@ def sweep(
     """
     from ..sim.sweep import run_here, run_on_ray, write_sweep
 
-    if policy.runtime is not None or policy.preset is not None:
-        raise ValueError("the grid has the runtimes: leave --runtime and --preset away")
-    if policy.steps is not None:
-        raise ValueError('the grid has the steps: leave --steps away, and give the grid {"base": {"steps": N}}')
+    _check_left_to_the_grid(policy)
     if at_once < 1:
         raise ValueError(f"--at-once is {at_once}; at least one run must go on")
     if ray:
@@ -99,6 +96,13 @@ def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
     if seeded:
         raise ValueError(f"{', '.join(seeded)}: an episode's noise comes from --seed alone; leave seed out of the grid")
     return settings
+
+
+def _check_left_to_the_grid(policy: PolicyOptions) -> None:
+    if policy.runtime is not None or policy.preset is not None:
+        raise ValueError("the grid has the runtimes: leave --runtime and --preset away")
+    if policy.steps is not None:
+        raise ValueError('the grid has the steps: leave --steps away, and give the grid {"base": {"steps": N}}')
 
 
 def wherever(policy: PolicyOptions) -> PolicyOptions:
