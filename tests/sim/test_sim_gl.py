@@ -13,7 +13,8 @@ QUIET = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL
 @pytest.fixture
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what choose_gl writes is undone
+        monkeypatch.delenv(name)
     # As in a fresh process, whatever other tests imported.
     monkeypatch.delitem(sys.modules, "robosuite.utils.binding_utils", raising=False)
     return monkeypatch
@@ -33,9 +34,6 @@ def test_the_users_choice_is_taken_unprobed(nothing_set: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("broken", "chosen"), [((), "egl"), (("egl",), "osmesa")])
 def test_the_first_that_works(nothing_set: pytest.MonkeyPatch, broken: tuple[str, ...], chosen: str) -> None:
     nothing_set.setattr(gl, "_probe", lambda name: "no driver" if name in broken else None)
-    nothing_set.setenv("PATH", os.environ["PATH"])  # setenv so that what choose_gl writes is undone
-    nothing_set.setenv("MUJOCO_GL", "")
-    nothing_set.setenv("PYOPENGL_PLATFORM", "")
     assert gl.choose_gl() == chosen
     assert both_set() == (chosen, chosen)
 
