@@ -54,6 +54,10 @@ def turbo(name: str = "pi05-tiny") -> TurboEngine:
     return TurboEngine(hash_model(preset(name), 7, torch.float32), "fp32", twin_ops(), None)
 
 
+def runtime(engine: Engine, **options: Any) -> Runtime:
+    return Runtime(engine, RuntimeConfig(steps=2, **options))
+
+
 def inputs(config: ModelConfig, seed: int = 0, state: int = 3, text: int = 6) -> ModelInput:
     """One observation: images and state tokens of the seed, the same text always."""
     g = torch.Generator().manual_seed(seed)
