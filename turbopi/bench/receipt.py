@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..files import write_whole
 
 PACKAGES = ("numpy", "torch", "triton", "lerobot", "transformers")
 _GPU_QUERY = (
@@ -100,8 +101,7 @@ def write_receipt(path: str | Path, what: str, results: dict[str, Any], config: 
         "config": config,
         "results": results,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_numbers_on_one_line(json.dumps(receipt, indent=1)) + "\n")
+    write_whole(path, (_numbers_on_one_line(json.dumps(receipt, indent=1)) + "\n").encode())
     return path
 
 
