@@ -162,7 +162,7 @@ def row(reference: Path, directory: Path, minimum: int) -> dict[str, Any]:
 def joined(receipt: Path, part: str, key: str, reference: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows found now, and behind them those of an earlier receipt whose runs were elsewhere.
 
-    Rows are lists of pairs with the reference, so both must be of the same one: it has to have ended alike.
+    Each row counts pairs with the reference, so both must be of the same one: it has to have ended alike.
 
     Args:
         receipt: where the earlier rows are, and where all will be.
@@ -178,23 +178,29 @@ def joined(receipt: Path, part: str, key: str, reference: str, found: list[dict[
     Raises:
         ValueError: the reference is not among the rows found, or ended otherwise than the earlier one.
     """
-    earlier = json.loads(receipt.read_text()) if receipt.is_file() else {"results": {part: []}}
-    names = {row[key] for row in found}
-    kept = [row for row in earlier["results"][part] if row[key] not in names]
-    ends = [{row[key]: _ended(row) for row in rows}.get(reference) for rows in (earlier["results"][part], found)]
-    if kept and ends[0] != ends[1]:
+    if not receipt.is_file():
+        return found
+    earlier = json.loads(receipt.read_text())
+    before, now = ({result[key]: result for result in results} for results in (earlier["results"][part], found))
+    kept = [result for name, result in before.items() if name not in now]
+    if not kept:
+        return found
+    ends = _ended(before.get(reference)), _ended(now.get(reference))
+    if ends[0] != ends[1]:
         raise ValueError(
             f"{receipt} has {len(kept)} rows that are pairs with a {reference} of other episodes ({ends[0]}; here "
-            f"{ends[1] or 'it is not complete'}): play them too, or name another --receipt"
+            f"{ends[1]}): play them too, or name another --receipt"
         )
-    source = {name: earlier[name] for name in ("when", "commit", "command")} if kept else {}
-    return found + [{**row, "kept_from": row.get("kept_from", source)} for row in kept]
+    source = {name: earlier[name] for name in ("when", "commit", "command")}
+    return found + [{**result, "kept_from": result.get("kept_from", source)} for result in kept]
 
 
-def _ended(row: Mapping[str, Any]) -> str:
+def _ended(result: Mapping[str, Any] | None) -> str:
     """What two runs of the same policy from the same noise have in common, to the last inference."""
-    successes = " ".join(f"{won}/{played}" for won, played in row["per_task"])
-    return f"{successes} in {row['latency']['inferences']} inferences"
+    if result is None:
+        return "it is not complete"
+    successes = " ".join(f"{won}/{played}" for won, played in result["per_task"])
+    return f"{successes} in {result['latency']['inferences']} inferences"
 
 
 def wide_console() -> Console:

@@ -92,12 +92,12 @@ def main() -> None:
     wanted = [s for s in chosen(options) if runs_on(s, options.engine)]
     if options.list:
         for setting in wanted:
-            done = is_complete(options.out / named(setting, options), options.episodes)
-            console.print(f"{'complete' if done else 'missing '}  {setting.group:10}  {named(setting, options)}")
+            done = is_complete(options.out / run_name(setting, options), options.episodes)
+            console.print(f"{'complete' if done else 'missing '}  {setting.group:10}  {run_name(setting, options)}")
         return
     if options.play:
-        run_all({named(s, options): run_of(options, s) for s in wanted}, options.at_once, console)
-    reference = named(REFERENCE, options)
+        run_all({run_name(s, options): run_of(options, s) for s in wanted}, options.at_once, console)
+    reference = run_name(REFERENCE, options)
     rows = joined(options.receipt, "settings", "name", reference, collect(options))
     results = {"reference": reference, "settings": in_order(rows, options)}
     config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
@@ -114,7 +114,7 @@ def chosen(options: Options) -> list[Setting]:
     return [REFERENCE, *(setting for setting in rows if not options.named or setting.name in options.named)]
 
 
-def named(setting: Setting, options: Options) -> str:
+def run_name(setting: Setting, options: Options) -> str:
     """The run's directory."""
     plays = setting.runtime.chunking is not None
     return setting.name if options.replan == REPLAN or plays else f"{setting.name}_replan{options.replan}"
@@ -190,7 +190,7 @@ SETTINGS = {
 def run_of(options: Options, setting: Setting) -> EvalConfig:
     """The evaluation of one setting."""
     source = replace(options.source, options={**options.policy, "runtime": setting.runtime})
-    return options.run(named(setting, options), source, LiberoScenes(), options.replan)
+    return options.run(run_name(setting, options), source, LiberoScenes(), options.replan)
 
 
 def everything(options: Options) -> list[Setting]:
@@ -200,23 +200,23 @@ def everything(options: Options) -> list[Setting]:
 
 def in_order(rows: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
     """Rows in the order in which they are worth playing; unknown ones, of another replan, behind them."""
-    order = {named(setting, options): place for place, setting in enumerate(everything(options))}
+    order = {run_name(setting, options): place for place, setting in enumerate(everything(options))}
     return sorted(rows, key=lambda found: order.get(found["name"], len(order)))
 
 
 def collect(options: Options) -> list[dict[str, Any]]:
     """All settings whose episodes are complete, of this call or an earlier one."""
-    reference = options.out / named(REFERENCE, options)
+    reference = options.out / run_name(REFERENCE, options)
     return [
         {
-            "name": named(setting, options),
+            "name": run_name(setting, options),
             "group": setting.group,
             "runtime": setting.runtime.to_dict(),
-            **row(reference, options.out / named(setting, options), options.minimum),
-            **ticks(options.out / named(setting, options)),
+            **row(reference, options.out / run_name(setting, options), options.minimum),
+            **ticks(options.out / run_name(setting, options)),
         }
         for setting in everything(options)
-        if is_complete(options.out / named(setting, options), options.episodes)
+        if is_complete(options.out / run_name(setting, options), options.episodes)
     ]
 
 

@@ -53,9 +53,7 @@ def sweep(
     """
     from ..sim.sweep import run_here, run_on_ray, write_sweep
 
-    _check_left_to_the_grid(policy)
-    if at_once < 1:
-        raise ValueError(f"--at-once is {at_once}; at least one run must go on")
+    _check_asked(policy, at_once)
     if ray:
         out, policy = out.resolve(), wherever(policy)
     settings = _runtimes(grid)
@@ -98,11 +96,13 @@ def _runtimes(grid: Path) -> dict[str, RuntimeConfig]:
     return settings
 
 
-def _check_left_to_the_grid(policy: PolicyOptions) -> None:
+def _check_asked(policy: PolicyOptions, at_once: int) -> None:
     if policy.runtime is not None or policy.preset is not None:
         raise ValueError("the grid has the runtimes: leave --runtime and --preset away")
     if policy.steps is not None:
         raise ValueError('the grid has the steps: leave --steps away, and give the grid {"base": {"steps": N}}')
+    if at_once < 1:
+        raise ValueError(f"--at-once is {at_once}; at least one run must go on")
 
 
 def wherever(policy: PolicyOptions) -> PolicyOptions:
